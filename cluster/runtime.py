@@ -1,0 +1,199 @@
+"""A Ray of our own on this machine, for local mode.
+
+It is bound to 127.0.0.1, asks for a token that only its own processes know, stands beside any other Ray on the machine,
+and leaves nothing behind: processes are ended by their pids and the temporary folder is removed, after success, failure
+and Ctrl-C alike. (After SIGKILL the kernel ends the processes with their parent; the folder is swept by the next start.)
+
+Ray on Linux binds every interface unless it believes that it cannot form clusters, which is what
+RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 tells it; the variable is read when `ray` is imported, so it is set here, at import.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from ..errors import HeliographError
+from . import haproxy
+
+PREFIX = "heliograph-"
+LOOPBACK = "127.0.0.1"
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+log = logging.getLogger("heliograph")
+
+
+class LocalCluster:
+    """A context manager; `start` may be called often and starts Ray once, so a run that has nothing to do starts none."""
+
+    def __init__(self, workers: int = 1):
+        self.cpus = max(os.cpu_count() or 1, workers + 2)
+        self.running = False
+
+    def __enter__(self) -> "LocalCluster":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start Ray. Raises HeliographError when this process is already connected to one that is not ours."""
+        if self.running:
+            return
+        sweep()
+        self.temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        self.environment = dict(os.environ)
+        os.environ.update(_environment(self.temp))
+        os.environ.pop("RAY_ADDRESS", None)
+        self.strangers = set(psutil.Process().children(recursive=True))
+        self.running = True
+        import ray
+
+        if ray.is_initialized():
+            raise HeliographError("this process is connected to a Ray already: run heliograph in a process of its own")
+        with _signal_handlers_kept():
+            context = ray.init(
+                address="local",
+                num_cpus=self.cpus,
+                object_store_memory=min(psutil.virtual_memory().total * 3 // 10, 4 << 30),
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=str(self.temp / "ray"),
+                _node_ip_address=LOOPBACK,
+            )
+        # Train's own helpers connect by themselves, and would meet another Ray of the machine.
+        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+        _quieten()
+
+    def stop(self) -> None:
+        """End every process of this Ray and remove its folder."""
+        if not self.running:
+            return
+        import ray
+
+        with _uninterrupted():
+            ours = set(psutil.Process().children(recursive=True)) - self.strangers
+            ray.shutdown()
+            _, alive = psutil.wait_procs(ours, timeout=5)
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=5)
+            shutil.rmtree(self.temp, ignore_errors=True)
+            os.environ.clear()
+            os.environ.update(self.environment)
+            self.running = False
+
+
+def _environment(temp: Path) -> dict[str, str]:
+    serve = temp / "serve"
+    serve.mkdir()
+    launcher = temp / "haproxy"
+    haproxy.write_launcher(launcher)
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TMPDIR": str(temp),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DEFAULT_HTTP_HOST": LOOPBACK,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(serve / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(serve / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(serve / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(serve),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(serve / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # A replica that dies with a request in hand: the proxy sends the request to another one.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+        "RAY_SERVE_HAPROXY_RETRIES": "5",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_ENABLE_ONEDNN_OPTS": "0",
+    }
+
+
+def _quieten() -> None:
+    """Ray's own words belong in the run's log, not between our lines on the terminal."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ["ray", *logging.root.manager.loggerDict]:
+        if name == "ray" or name.startswith("ray."):
+            logger = logging.getLogger(name)
+            logger.handlers = [logging.NullHandler()] if name == "ray" else []
+            logger.propagate = name != "ray"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind((LOOPBACK, 0))
+        return s.getsockname()[1]
+
+
+def sweep() -> None:
+    """Remove temporary folders of heliographs that were killed before they could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """`ray.init` puts a SIGTERM handler of its own in place; ours must stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not stop the cleaning up after the first."""
+    with _signal_handlers_kept():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        yield
+
+
+def explained(error: BaseException) -> HeliographError | None:
+    """The HeliographError that lies inside what Ray raised, if a worker raised one."""
+    seen: list[BaseException] = [error]
+    for current in seen:
+        if isinstance(current, HeliographError):
+            return current
+        inner = [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        inner += getattr(current, "worker_failures", {}).values()
+        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
+    return None
+
+
+def project_imports(folder: Path) -> None:
+    """Make the project's own modules importable in this process."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

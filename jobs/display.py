@@ -1,0 +1,58 @@
+"""What a person sees while a run works: a bar a stage on a terminal, a line a stage in a pipe."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class Display:
+    """`stage` opens a bar; `update` moves it."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with self._progress:
+            yield
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._task = self._progress.add_task(name, total=None, note="")
+        started = time.monotonic()
+        yield
+        self._progress.update(self._task, total=1, completed=1)
+        if not self.console.is_terminal:
+            self.console.print(f"{name}: done in {time.monotonic() - started:.1f} s")
+
+    def update(self, note: str, done: float | None = None, total: float | None = None) -> None:
+        """note: what is being done; done of total: how far the stage is."""
+        if self._task is not None:
+            self._progress.update(self._task, note=note, completed=done, total=total)
+
+    def reused(self, name: str) -> None:
+        self._progress.add_task(name, total=1, completed=1, note="reused")
+        if not self.console.is_terminal:
+            self.console.print(f"{name}: reused")
+
+
+def stage_table(stages: list[dict]) -> Table:
+    table = Table("stage", "seconds", "", box=None, pad_edge=False)
+    for stage in stages:
+        table.add_row(stage["name"], f"{stage['seconds']:.1f}", "reused" if stage["reused"] else "")
+    table.add_row("[bold]total", f"[bold]{sum(s['seconds'] for s in stages if not s['reused']):.1f}", "")
+    return table

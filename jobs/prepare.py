@@ -1,0 +1,138 @@
+"""Prepare: from the source to encrypted shards, on Ray Data.
+
+    read → check, hash and number the rows → fit preprocessing on the training rows → sort by hash → cut → write
+
+The training and validation shards hold the model's inputs, so an epoch reads them and does nothing else; the test shards
+hold raw features, so evaluation goes through the same preprocessing that a request will.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..cluster.keys import KeyStore
+from ..cluster.storage import write_bytes
+from ..datasets import shards
+from ..datasets.preprocess import Moments, Preprocessing, fit, moments
+from ..datasets.schema import Schema, arrays, labels, list_column, to_numpy
+from ..datasets.shards import TARGET, Manifest, Shard, SplitName
+from ..datasets.sources import infer_schema, open_source
+from ..errors import DataError
+from ..project import Data
+
+HASH = "heliograph-hash"
+
+
+def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update: Callable[..., None]) -> None:
+    """Fill `folder` with shards, `manifest.json`, `schema.json` and `preprocess.json`.
+
+    base: what relative paths start from. keys: seals the shards (None: in clear). Raises DataError.
+    """
+    import ray
+
+    update("reading the schema")
+    source = open_source(data, base)
+    schema = infer_schema(source, data)
+    _check_steps(data, schema)
+
+    update("reading rows")
+    columns = [f.name for f in schema.features] + [schema.target]
+    rows = (
+        source.dataset(columns)
+        .map_batches(_check_rows, fn_args=(schema, data.split.seed), batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
+        .materialize()
+    )
+    bounds = shards.split_bounds(data.split)
+
+    update("fitting the preprocessing")
+    partial = rows.map_batches(_moments, fn_args=(schema, bounds), batch_format="pyarrow", batch_size=None)
+    found = [Moments.model_validate_json(row["moments"]) for row in partial.take_all()]
+    names = [f.name for f in schema.features]
+    if not found:
+        raise DataError(f"{source.where}: no rows fell into the train split: {rows.count()} rows are too few for {data.split!r}")
+    blocks = [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
+    preprocessing = fit(data.preprocess, blocks, schema)
+
+    update("sorting")
+    ordered = rows.sort(HASH).materialize()
+    hashes = np.concatenate([b[HASH] for b in ordered.select_columns([HASH]).iter_batches(batch_format="numpy")])
+    cuts, plan, start = [], [], 0
+    for split, end in bounds:
+        count = int(np.searchsorted(hashes, end)) - start
+        if count == 0 and getattr(data.split, split, 1) > 0:
+            raise DataError(f"{source.where}: the {split} split is empty: {len(hashes)} rows are too few, raise data.split.{split}")
+        lengths = [n for n in shards.shard_lengths(count, data.shards) if n]
+        for i, length in enumerate(lengths):
+            plan.append((split, f"{split}-{i:05d}.parquet", length))
+            start += length
+            cuts.append(start)
+    if schema.classes:
+        _check_classes(ordered, schema, bounds, source.where)
+
+    pieces = ordered.split_at_indices(cuts[:-1])
+    bytes_per_row = 4 * sum(int(np.prod(f.shape, dtype=int)) for f in schema.features) + 8
+    window = shards.window_rows(bytes_per_row, max(length for _, _, length in plan))
+    write = ray.remote(_write)
+    refs = [
+        write.remote(folder / file, split, schema, preprocessing, window, keys, *piece.to_arrow_refs())
+        for (split, file, _), piece in zip(plan, pieces, strict=True)
+    ]
+    done: dict[SplitName, list[Shard]] = {split: [] for split, _ in bounds}
+    for i, ((split, _, _), ref) in enumerate(zip(plan, refs, strict=True)):
+        done[split].append(ray.get(ref))
+        update(f"writing shards, {start:,} rows", i + 1, len(refs))
+    write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
+    write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
+    Manifest(splits=dict(done), window=window, encrypted=keys is not None).write(folder)
+
+
+def _check_rows(table: pa.Table, schema: Schema, seed: int) -> pa.Table:
+    """Features as float32, the target as class index or value, and each row's hash."""
+    features, target = arrays(table, schema), labels(table, schema)
+    out = {name: list_column(values) for name, values in features.items()}
+    return pa.table({**out, TARGET: target, HASH: shards.row_hashes(features, target, seed)})
+
+
+def _rows(table: pa.Table, schema: Schema) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    features = {f.name: to_numpy(table.column(f.name)).reshape(len(table), *f.shape) for f in schema.features}
+    return features, to_numpy(table.column(TARGET))
+
+
+def _moments(table: pa.Table, schema: Schema, bounds: list[tuple[SplitName, int]]) -> pa.Table:
+    """The moments of a block's training rows, a row a feature (none where the block has no training row)."""
+    hashes = to_numpy(table.column(HASH))
+    before_train = bounds[-2][1]
+    train = hashes >= before_train
+    if not train.any():
+        return pa.table({"moments": pa.array([], pa.string())})
+    features, _ = _rows(table, schema)
+    return pa.table({"moments": [m.model_dump_json() for m in moments({n: v[train] for n, v in features.items()}).values()]})
+
+
+def _write(
+    file: Path, split: SplitName, schema: Schema, preprocessing: Preprocessing, window: int, keys: KeyStore | None, *tables: pa.Table
+) -> Shard:
+    features, target = _rows(pa.concat_tables(tables), schema)
+    if split != "test":
+        features = preprocessing.apply(features, schema)
+    return shards.write_shard(file, {**features, TARGET: target}, window, keys)
+
+
+def _check_steps(data: Data, schema: Schema) -> None:
+    names = [f.name for f in schema.features]
+    for i, step in enumerate(data.preprocess):
+        for column in step.columns or []:
+            if column not in names:
+                raise DataError(f"data.preprocess[{i}].columns: `{column}` is not a feature: they are {', '.join(names[:12])}")
+
+
+def _check_classes(ordered, schema: Schema, bounds: list[tuple[SplitName, int]], where: str) -> None:
+    """A class that no training row has can never be learnt."""
+    seen: set[int] = set()
+    for batch in ordered.select_columns([HASH, TARGET]).iter_batches(batch_format="numpy"):
+        seen |= set(np.unique(batch[TARGET][batch[HASH] >= bounds[-2][1]]).tolist())
+    missing = [str(c) for i, c in enumerate(schema.classes) if i not in seen]
+    if missing:
+        raise DataError(f"{where}: no training row of class {', '.join(missing[:5])}: more rows of it are needed, or another seed")

@@ -1,0 +1,247 @@
+"""The project file: `heliograph.yaml`, typed.
+
+In: a folder that holds `heliograph.yaml`. Out: a frozen `Project`, or one `ProjectError` that lists every mistake with
+its line, its key, what was found and what fits.
+
+YAML is composed to nodes first, not loaded straight to a dict, because only nodes know their lines; pydantic then says
+which key is wrong and the node map says where it stands.
+"""
+
+import difflib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ProjectError
+
+FILE = "heliograph.yaml"
+Key = tuple[str | int, ...]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Split(Section):
+    """Shares of the rows, drawn by each row's content and the seed: never by its place or its file."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _leaves_rows_to_train_on(self):
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together must leave rows to train on (their sum below 1)")
+        return self
+
+
+class Step(Section):
+    """One preprocessing step, fitted on the training split alone."""
+
+    step: Literal["standardise", "min_max"]
+    columns: list[str] | None = None
+    """The columns that it changes (default: every feature)."""
+
+
+class Data(Section):
+    source: str
+    """`sklearn://digits`, or a path or glob of `.parquet` or `.csv` files, relative to the project"""
+    target: str
+    """the column to predict"""
+    features: list[str] | None = None
+    """The columns to predict from (default: all others)."""
+    task: Literal["classification", "regression"] | None = None
+    """Default: regression when the target has fractions, else classification."""
+    split: Split = Split()
+    preprocess: list[Step] = [Step(step="standardise")]
+    shards: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Files a split is cut into, and so the most workers that can train on it."""
+    encrypt: bool = True
+    """Encrypt shards at rest (Parquet Modular Encryption, AES-GCM)."""
+
+
+class Model(Section):
+    build: Annotated[str, Field(pattern=r"^\w+:\w+$")] = "model:build"
+    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`"""
+    hp: dict[str, bool | int | float | str] = {}
+    """Handed to `build` as `hp`."""
+
+
+class Optimizer(BaseModel):
+    """A Keras optimizer by its name; every other key is one of its parameters."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str = "adam"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+
+
+class Train(Section):
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Rows of one step, over all workers together."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    optimizer: Optimizer = Optimizer()
+    loss: str | None = None
+    """A Keras loss (default: sparse categorical cross-entropy, or mean squared error for regression)."""
+    seed: int = 0
+
+
+class Serve(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    replicas: Annotated[int, Field(ge=1)] = 1
+    encrypted: Literal["accepted", "required"] = "accepted"
+    """`required` refuses every request in clear."""
+
+    @field_validator("host")
+    @classmethod
+    def _only_loopback(cls, host: str) -> str:
+        if host not in ("127.0.0.1", "localhost"):
+            raise ValueError("only 127.0.0.1 is served: an endpoint has no access control of its own yet")
+        return "127.0.0.1"
+
+
+class Project(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    """the model's name in URLs: lower-case letters, digits, `-` and `_`"""
+    data: Data
+    """a section with at least `source` and `target`"""
+    model: Model = Model()
+    train: Train = Train()
+    serve: Serve = Serve()
+    keys: str | None = None
+    """A folder of keys (default: `keys` in the run's folder)."""
+
+    @model_validator(mode="after")
+    def _workers_have_shards(self):
+        if self.train.workers > self.data.shards:
+            raise ValueError(
+                f"train.workers is {self.train.workers}, but data.shards is {self.data.shards}: "
+                "each worker reads shards of its own, so raise data.shards or lower train.workers"
+            )
+        if self.train.batch_size < 2 * self.train.workers:
+            raise ValueError(
+                f"train.batch_size is {self.train.batch_size}, but {self.train.workers} workers "
+                f"need at least {2 * self.train.workers} rows a step"
+            )
+        return self
+
+
+def load(folder: Path) -> Project:
+    """Read and validate `folder/heliograph.yaml`.
+
+    Raises ProjectError with a line for every mistake.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        raise ProjectError(f"{file}: not found: name a folder that holds a {FILE}, or make one with `heliograph init`")
+    try:
+        node = yaml.compose(file.read_text(), yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise ProjectError(f"{file}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "is not YAML"
+        raise ProjectError(f"{file}{line}: {reason} (indent with spaces, one `key: value` a line)") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ProjectError(f"{file}:1: a project is a mapping of sections: {', '.join(Project.model_fields)}")
+    lines: dict[Key, int] = {}
+    problems: list[tuple[int, str]] = []
+    value = _plain(node, (), lines, problems)
+    try:
+        project = Project.model_validate(value)
+    except ValidationError as error:
+        problems += [_explain(item, value, lines) for item in error.errors()]
+    if problems:
+        raise ProjectError("\n".join(f"{file}:{line}: {text}" for line, text in sorted(set(problems))))
+    return project  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _plain(node: yaml.Node, key: Key, lines: dict[Key, int], problems: list[tuple[int, str]]) -> Any:
+    """A node as plain Python; notes the line of every key, and every key that stands twice."""
+    lines.setdefault(key, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        out = {}
+        for name_node, child in node.value:
+            name = str(name_node.value)
+            line = name_node.start_mark.line + 1
+            if name in out:
+                problems.append((line, f"{_dotted((*key, name))}: stands here a second time: keep one"))
+            lines[(*key, name)] = line
+            out[name] = _plain(child, (*key, name), lines, problems)
+        return out
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, (*key, i), lines, problems) for i, child in enumerate(node.value)]
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError):
+        problems.append((node.start_mark.line + 1, f"{_dotted(key)}: found {node.value!r}: not a plain value"))
+        return None
+
+
+def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
+    """One pydantic error as (line, text); the line of the nearest key that the file really has."""
+    key: Key = tuple(part for part in item["loc"] if not _is_union_tag(part))
+    where = key
+    while where and where not in lines:
+        where = where[:-1]
+    line = lines.get(where, 1)
+    match item["type"]:
+        case "extra_forbidden":
+            known = _known_keys(key[:-1])
+            near = difflib.get_close_matches(str(key[-1]), known, 1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+            return line, f"{_dotted(key)}: unknown key: {hint}"
+        case "missing":
+            return line, f"{_dotted(key)}: is missing: {_says(key)}"
+        case "string_pattern_mismatch":
+            return line, f"{_dotted(key)}: found {item['input']!r}: should be {_says(key)}"
+    fits = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not key:
+        return line, fits
+    found = item["input"]
+    found = "nothing" if found is None else repr(found)
+    return line, f"{_dotted(key)}: found {found[:60]}: {fits}"
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """Pydantic names the tried member of a union inside `loc`; no key of ours has these names."""
+    return part in ("bool", "int", "float", "str") or (isinstance(part, str) and "[" in part)
+
+
+def _section(key: Key) -> type[BaseModel] | None:
+    """The model of the section at `key`."""
+    here: Any = Project
+    for part in key:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
+            return None
+        here = here.model_fields[part].annotation
+        if get_origin(here) in (list, Union, UnionType):
+            here = get_args(here)[0]
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _known_keys(key: Key) -> list[str]:
+    section = _section(key)
+    return list(section.model_fields) if section else []
+
+
+def _says(key: Key) -> str:
+    """What belongs at `key`: the text under its field."""
+    section = _section(key[:-1])
+    field = section.model_fields.get(str(key[-1])) if section else None
+    return (field and field.description) or "it has no default"
+
+
+def _dotted(key: Key) -> str:
+    out = ""
+    for part in key:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
