@@ -5,7 +5,8 @@ and leaves nothing behind: processes are ended by their pids and the temporary f
 and Ctrl-C alike. (After SIGKILL the kernel ends the processes with their parent; the folder is swept by the next start.)
 
 Ray on Linux binds every interface unless it believes that it cannot form clusters, which is what
-RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 tells it; the variable is read when `ray` is imported, so it is set here, at import.
+RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 tells it. Ray reads that variable and the kind of authentication when it is imported,
+and keeps the first token that it used: so both are set here, at import, and a process has one token.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ from . import haproxy
 
 PREFIX = "heliograph-"
 LOOPBACK = "127.0.0.1"
+TOKEN = secrets.token_hex(32)
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 log = logging.getLogger("heliograph")
 
 
@@ -102,7 +105,7 @@ def _environment(temp: Path) -> dict[str, str]:
     haproxy.write_launcher(launcher)
     return {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": TOKEN,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_TMPDIR": str(temp),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -37,6 +37,8 @@ class Part:
     rank: int
     workers: int
     batch_size: int
+    seed: int | None
+    """Of the shuffling; None leaves the rows in their order."""
 
     @property
     def rows(self) -> int:
@@ -69,8 +71,8 @@ class Part:
         edges = [g * self.rows // self.steps for g in range(self.steps + 1)]
         return [(self.rows_before(b) - self.rows_before(a), b - a) for a, b in zip(edges, edges[1:], strict=False)]
 
-    def read_window(self, window: int, epoch: int | None, seed: int) -> dict[str, np.ndarray]:
-        """This worker's rows of one window, in the order of their positions. epoch None: unshuffled."""
+    def read_window(self, window: int, epoch: int) -> dict[str, np.ndarray]:
+        """This worker's rows of one window of an epoch, in the order of their positions."""
         pieces, positions = [], []
         for lane in self._mine:
             file = self.folder / self._shards[lane].file
@@ -79,12 +81,12 @@ class Part:
                 if window >= groups:
                     continue
                 group, order = window, None
-                if epoch is not None:
+                if self.seed is not None:
                     # The last group may be shorter: it stays last, so that positions hold.
-                    order_of_groups = np.random.default_rng((seed, epoch, lane)).permutation(groups - 1)
+                    order_of_groups = np.random.default_rng((self.seed, epoch, lane)).permutation(groups - 1)
                     group = int(order_of_groups[window]) if window < groups - 1 else window
                     count = shard.metadata.row_group(group).num_rows
-                    order = np.random.default_rng((seed, epoch, lane, group + 1)).permutation(count)
+                    order = np.random.default_rng((self.seed, epoch, lane, group + 1)).permutation(count)
                 columns = shards.read_rows(shard, file, [group])
             if order is not None:
                 columns = {name: values[order] for name, values in columns.items()}
@@ -101,25 +103,24 @@ Batch = tuple[dict[str, np.ndarray], np.ndarray, np.float32]
 """(inputs `[rows, …]` by name, targets `[rows]`, rows of the whole step over all workers)."""
 
 
-def batches(part: Part, epochs: range | None, seed: int = 0) -> Iterator[Batch]:
-    """This worker's batches, step by step, for all of `epochs` in turn (None: once, unshuffled)."""
+def batches(part: Part, epochs: range) -> Iterator[Batch]:
+    """This worker's batches, step by step, for all of `epochs` in turn."""
     import ray.data
 
     windows = part.windows
-    tasks = windows * (len(epochs) if epochs is not None else 1)
-    first = epochs.start if epochs is not None else None
+    tasks = windows * len(epochs)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     blocks = (
         ray.data.range(tasks, override_num_blocks=tasks)
-        .map_batches(_read, fn_args=(part, windows, first, seed), batch_format="numpy", batch_size=None)
+        .map_batches(_read, fn_args=(part, windows, epochs.start), batch_format="numpy", batch_size=None)
         .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     )
     views = ({n: to_numpy(block.column(n)) for n in block.column_names} for block in blocks if len(block))
     sizes = part.step_sizes()
     held: list[dict[str, np.ndarray]] = []
-    for _ in epochs if epochs is not None else (0,):
+    for _ in epochs:
         for mine, everyone in sizes:
             while sum(len(h[TARGET]) for h in held) < mine:
                 held.append(next(views))
@@ -143,8 +144,7 @@ def _take(held: list[dict[str, np.ndarray]], rows: int) -> tuple[dict[str, np.nd
     return {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}, held
 
 
-def _read(batch: dict[str, np.ndarray], part: Part, windows: int, first: int | None, seed: int) -> pa.Table:
-    number = int(batch["id"][0])
-    epoch = first + number // windows if first is not None else None
-    columns = part.read_window(number % windows, epoch, seed)
+def _read(batch: dict[str, np.ndarray], part: Part, windows: int, first: int) -> pa.Table:
+    epoch, window = divmod(int(batch["id"][0]), windows)
+    columns = part.read_window(window, first + epoch)
     return pa.table({name: tensor_column(values) for name, values in columns.items()})

@@ -1,0 +1,68 @@
+"""The bundle: one signed folder that a model travels in.
+
+    bundle.json      name, format, engine, where it came from
+    schema.json      what a request must look like
+    preprocess.json  the fitted preprocessing
+    metrics.json     of the test split
+    model.keras      weights and architecture
+    model.onnx       what the endpoint runs
+    model.sig        OpenSSF Model Signing over all of the above (EC P-256)
+
+Nothing of a bundle is parsed before its signature has been checked against a key that the reader already trusts; a byte
+more, less or other, in any file, and it is refused.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..cluster.keys import KeyStore
+from ..cluster.storage import read_json, write_json
+from ..errors import BundleError, SignatureError
+
+SIGNATURE = "model.sig"
+FORMAT = 1
+
+
+def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], keys: KeyStore) -> None:
+    """Copy `parts` into `folder`, describe and sign them."""
+    from model_signing import signing
+
+    for part in parts:
+        shutil.copyfile(part, folder / part.name)
+    note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage}
+    write_json(folder / "bundle.json", note)
+    config = signing.Config().use_elliptic_key_signer(private_key=keys.signing_key()).set_hashing_config(_all_but_signature(folder))
+    config.sign(folder, folder / SIGNATURE)
+
+
+def verify(folder: Path, public_key: Path) -> dict[str, Any]:
+    """Check a bundle's signature and return what `bundle.json` says.
+
+    Raises BundleError when it is not a bundle, SignatureError when it was changed or signed by another key.
+    """
+    from model_signing import verifying
+
+    if not (folder / SIGNATURE).is_file() or not (folder / "bundle.json").is_file():
+        raise BundleError(f"{folder}: is not a bundle: it lacks {SIGNATURE} or bundle.json")
+    try:
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+        config.set_hashing_config(_all_but_signature(folder)).verify(folder, folder / SIGNATURE)
+    except Exception as error:
+        raise SignatureError(f"{folder}: its signature does not hold against {public_key}: {_why(error)}") from None
+    note = read_json(folder / "bundle.json")
+    if note.get("format") != FORMAT:
+        raise BundleError(f"{folder}: has format {note.get('format')}, this heliograph reads {FORMAT}")
+    return note
+
+
+def _all_but_signature(folder: Path) -> Any:
+    from model_signing import hashing
+
+    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+
+
+def _why(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"it was changed, or another key signed it ({text[:160]}); do not use it"
