@@ -31,5 +31,6 @@ def main() -> None:
         config = Path(args[args.index("-f") + 1])
         config.write_text(WILDCARD_BIND.sub(r"\g<1>127.0.0.1:", config.read_text()))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this launcher
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *args])

@@ -28,6 +28,9 @@ from ..errors import HeliographError
 from . import haproxy
 
 PREFIX = "heliograph-"
+TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path("/tmp")
+"""Short, since HAProxy's socket lies below it, under a folder named by a node's 56 hex digits, and 107 bytes are all
+that a Unix socket's path may have."""
 LOOPBACK = "127.0.0.1"
 TOKEN = secrets.token_hex(32)
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -36,16 +39,23 @@ log = logging.getLogger("heliograph")
 
 
 class LocalCluster:
-    """A context manager; `start` may be called often and starts Ray once, so a run that has nothing to do starts none."""
+    """A context manager; `start` may be called often and starts Ray once, so a run that has nothing to do starts none.
 
-    def __init__(self, workers: int = 1):
+    workers: how many processes work at the same time. logs: where Ray's logs go when the block ends with a bug.
+    """
+
+    def __init__(self, workers: int = 1, logs: Path | None = None):
+        self.logs = logs
         self.cpus = max(os.cpu_count() or 1, workers + 2)
         self.running = False
 
     def __enter__(self) -> "LocalCluster":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+        if self.running and self.logs and isinstance(error, Exception) and not explained(error):
+            shutil.rmtree(self.logs, ignore_errors=True)
+            shutil.copytree(self.temp / "ray" / "session_latest" / "logs", self.logs, ignore=shutil.ignore_patterns("*.sock"))
         self.stop()
 
     def start(self) -> None:
@@ -53,7 +63,7 @@ class LocalCluster:
         if self.running:
             return
         sweep()
-        self.temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        self.temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=TEMP))
         self.environment = dict(os.environ)
         os.environ.update(_environment(self.temp))
         os.environ.pop("RAY_ADDRESS", None)
@@ -99,8 +109,6 @@ class LocalCluster:
 
 
 def _environment(temp: Path) -> dict[str, str]:
-    serve = temp / "serve"
-    serve.mkdir()
     launcher = temp / "haproxy"
     haproxy.write_launcher(launcher)
     return {
@@ -116,11 +124,11 @@ def _environment(temp: Path) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DEFAULT_HTTP_HOST": LOOPBACK,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(serve / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(serve / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(serve / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(serve),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(serve / "server-state"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(temp / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(temp / "s"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(temp / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(temp),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(temp / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
@@ -154,7 +162,7 @@ def free_port() -> int:
 
 def sweep() -> None:
     """Remove temporary folders of heliographs that were killed before they could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+    for folder in TEMP.glob(f"{PREFIX}*-*"):
         pid = folder.name.removeprefix(PREFIX).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)

@@ -184,8 +184,8 @@ def parse_instances(instances: Any, schema: Schema) -> dict[str, np.ndarray]:
 
 
 def _number_array(value: Any, feature: Feature, row: int) -> np.ndarray:
-    if not _only_numbers(value):
-        raise RequestError(f"row {row}: `{feature.name}` must hold finite numbers only")
+    if not _only_numbers(value, len(feature.shape)):
+        raise RequestError(f"row {row}: `{feature.name}` must hold finite numbers in the shape {list(feature.shape)}")
     try:
         array = np.asarray(value, dtype=np.float32)
     except (ValueError, OverflowError):
@@ -199,9 +199,10 @@ def _number_array(value: Any, feature: Feature, row: int) -> np.ndarray:
     return array
 
 
-def _only_numbers(value: Any) -> bool:
+def _only_numbers(value: Any, depth: int) -> bool:
+    """Whether a value is finite numbers in lists that are nested no deeper than `depth`."""
     if isinstance(value, list):
-        return all(_only_numbers(v) for v in value)
+        return depth > 0 and all(_only_numbers(v, depth - 1) for v in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
