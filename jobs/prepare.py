@@ -35,7 +35,7 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     update("reading the schema")
     source = open_source(data, base)
     schema = infer_schema(source, data)
-    _check_steps(data, schema)
+    check_steps(data, schema)
 
     update("reading rows")
     columns = [f.name for f in schema.features] + [schema.target]
@@ -120,7 +120,7 @@ def _write(
     return shards.write_shard(file, {**features, TARGET: target}, window, keys)
 
 
-def _check_steps(data: Data, schema: Schema) -> None:
+def check_steps(data: Data, schema: Schema) -> None:
     names = [f.name for f in schema.features]
     for i, step in enumerate(data.preprocess):
         for column in step.columns or []:

@@ -103,6 +103,22 @@ class Client:
             raise EndpointError(f"{self.url}: cannot be reached ({error}): is the endpoint running?") from None
 
 
+def read_rows(file: Path) -> list[Any]:
+    """Rows from a JSON file (`-`: standard input): a list, or `{"instances": [...]}`. Raises RequestError."""
+    import sys
+
+    try:
+        found = json.loads(sys.stdin.read() if str(file) == "-" else file.read_text())
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(f"{file}: is not JSON: {error}") from None
+    rows = found.get("instances") if isinstance(found, dict) else found
+    if not isinstance(rows, list):
+        raise RequestError(f'{file}: a list of rows is needed, or {{"instances": [...]}}')
+    return rows
+
+
 def signed_text(model: str, key_configs: bytes) -> bytes:
     """What a key configuration's signature is over: it binds the keys to the model's name."""
     return b"heliograph key configuration\0" + model.encode() + b"\0" + key_configs

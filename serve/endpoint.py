@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cluster.keys import KeyStore
-from ..cluster.runtime import LocalCluster
+from ..cluster.runtime import LOOPBACK, LocalCluster
 from ..errors import PortInUse, RequestError
 from ..jobs import bundle
 from ..jobs.engine import Engine
@@ -98,6 +98,7 @@ class _Replica:
     """Ray Serve's side of an Application: a request's bytes in, an answer's bytes out."""
 
     def __init__(self, endpoint: Endpoint):
+        _keep_on_loopback()
         self._application = open_application(endpoint)
 
     async def __call__(self, request):
@@ -109,6 +110,15 @@ class _Replica:
             return Response(f'{{"error": "{error}"}}', error.status, media_type="application/json")
         answer = self._application.answer(request.method, request.url.path, request.headers.get("content-type", ""), body)
         return Response(answer.body, answer.status, answer.headers, answer.type)
+
+
+def _keep_on_loopback() -> None:
+    """Ray opens one more port for each replica, after the replica's constructor, on every interface; the address is not a
+    setting, so the function that binds it is wrapped."""
+    from ray.serve._private import replica
+
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", LOOPBACK))
 
 
 async def _read(request) -> bytes:

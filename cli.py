@@ -1,0 +1,206 @@
+"""The command line: a command is a few lines; the rooms do the work.
+
+Exit codes: 0 done, 1 a bug of ours (its traceback is in the run's log), 2 a mistake that the message explains,
+130 Ctrl-C and 143 SIGTERM (the same command goes on from there).
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__, project
+from .errors import HeliographError, ProjectError
+
+app = typer.Typer(
+    name="heliograph",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From raw data to a private prediction: prepare, train, evaluate, sign and serve a Keras model on Ray.\n\n"
+    "Start with:  heliograph init my-project && heliograph run my-project",
+)
+ProjectFolder = Annotated[Path, typer.Argument(help=f"A folder that holds a {project.FILE}.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The run's folder (default: PROJECT/runs/default).")]
+Port = Annotated[int | None, typer.Option(help="Listen on this port instead of the project's serve.port.", min=1, max=65535)]
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Write a project that runs: a heliograph.yaml and a model.py to change.
+
+    Example:  heliograph init my-project
+    """
+    if (folder / project.FILE).exists() or (folder / "model.py").exists():
+        raise ProjectError(f"{folder}: holds a project already: name another folder")
+    name = "".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "project"
+    template = Path(__file__).parent / "examples" / "digits"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(template / "model.py", folder / "model.py")
+    text = (template / project.FILE).read_text().replace("name: digits\n", f"name: {name[:63]}\n")
+    (folder / project.FILE).write_text(text)
+    typer.echo(f"{folder}: a project that classifies handwritten digits; next: heliograph run {folder}")
+
+
+@app.command()
+def check(folder: ProjectFolder) -> None:
+    """Validate a project without starting anything: its file, its data's schema, its model on that schema.
+
+    Example:  heliograph check examples/digits
+    """
+    loaded = project.load(folder)
+    from .jobs.check import check as check_project
+
+    for line in check_project(loaded, folder.resolve()):
+        typer.echo(line)
+
+
+@app.command()
+def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
+    """Run a project: prepare, train, evaluate, bundle, then one sealed request to a real endpoint.
+
+    What is done is kept: the same command goes on where it was stopped, and a change reruns only what depends on it.
+
+    Example:  heliograph run examples/digits
+    """
+    loaded = _with_port(project.load(folder), port)
+    from .jobs import report
+    from .jobs.display import Display, stage_table
+    from .jobs.run import execute, opened
+    from .serve import first_request
+
+    display = Display()
+    with opened(_run_folder(folder, run), loaded.train.workers, display) as current:
+        first_request.require_port(loaded, current)
+        execute(loaded, folder.resolve(), current)
+        first_request.execute(loaded, folder.resolve(), current)
+        result = report.write(loaded, current)
+    display.console.print(stage_table(result["stages"]))
+    for line in report.summary(result):
+        typer.echo(line)
+    typer.echo(f"report: {_run_folder(folder, run) / 'report.html'}; to keep serving: heliograph serve {folder}")
+
+
+@app.command()
+def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
+    """Serve a run's bundle on 127.0.0.1 until Ctrl-C, in TensorFlow Serving's JSON and sealed (RFC 9458).
+
+    Example:  heliograph serve examples/digits --port 8000
+    """
+    loaded = _with_port(project.load(folder), port)
+    from .cluster.runtime import LocalCluster
+    from .errors import RunError
+    from .jobs.run import key_store
+    from .serve.endpoint import Endpoint, serving
+
+    held = _run_folder(folder, run)
+    if not (held / "bundle").is_dir():
+        raise RunError(f"{held}: has no bundle yet: run `heliograph run {folder}` first")
+    endpoint = Endpoint(loaded.name, held / "bundle", key_store(loaded, folder.resolve(), held), loaded.serve)
+    with LocalCluster(loaded.serve.replicas, logs=held / "ray-logs") as cluster, serving(endpoint, cluster) as url:
+        typer.echo(f"serving {url}/v1/models/{loaded.name}:predict (Ctrl-C ends it)")
+        typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {endpoint.keys.public_key()}")
+        signal.pause()
+
+
+@app.command()
+def predict(
+    rows: Annotated[Path, typer.Argument(help="JSON: a list of rows, or {\"instances\": [...]}; - for standard input.")],
+    model: Annotated[str, typer.Option(help="The model's name.")],
+    url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
+    trust: Annotated[Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Send in clear instead of sealed.")] = False,
+) -> None:
+    """Send rows to an endpoint, sealed so that only the model's replica can read them, and print a line for each.
+
+    Example:  heliograph predict rows.json --model digits --trust runs/default/keys/signing.pub
+    """
+    from .serve.client import Client, read_rows
+
+    found = read_rows(rows)
+    with Client(url, model, encrypt=not plain, trust=trust) as client:
+        answers = client.predict(found)
+        classes = client.schema()["classes"]
+    for answer in answers:
+        if classes:
+            best = max(range(len(classes)), key=answer.__getitem__)
+            typer.echo(f"{classes[best]}\t{answer[best]:.4f}")
+        else:
+            typer.echo(f"{answer:.6g}")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"heliograph {__version__}")
+        raise typer.Exit
+
+
+def _run_folder(folder: Path, run: Path | None) -> Path:
+    return (run or folder / "runs" / "default").resolve()
+
+
+def _with_port(loaded: project.Project, port: int | None) -> project.Project:
+    return loaded.model_copy(update={"serve": loaded.serve.model_copy(update={"port": port})}) if port else loaded
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, on the same way out as Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    def terminate(*_: Any) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        typer.echo("interrupted: the same command goes on from here", err=True)
+        code = 143 if isinstance(stop, _Terminated) else 130
+    except Exception as error:
+        code = _say(error)
+    else:
+        return
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _say(error: Exception) -> int:
+    """Print an error as a person needs it; the exit code that goes with it."""
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    explained: HeliographError | None = error if isinstance(error, HeliographError) else None
+    if explained is None and "ray" in sys.modules:
+        from .cluster.runtime import explained as search
+
+        explained = search(error)
+    if explained is not None:
+        for line in str(explained).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        return 2
+    if os.environ.get("HELIOGRAPH_TRACEBACK"):
+        raise error
+    text = (str(error).strip().splitlines() or [""])[-1]
+    typer.echo(f"bug: {type(error).__name__}: {text[:300]}", err=True)
+    typer.echo("this is a mistake of heliograph's: the traceback is in the run's run.log; please report it", err=True)
+    return 1
+
+
+def main() -> None:
+    with _exit_codes():
+        app(standalone_mode=False)

@@ -1,0 +1,151 @@
+"""The report: `report.json` for machines, `report.html` for people (one file, no network, light and dark)."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from ..cluster.storage import read_json, write_bytes, write_json
+from ..project import Project
+from .stages import Run
+from .train import METRICS
+
+
+def write(project: Project, run: Run) -> dict[str, Any]:
+    """Write both from what the stages left; returns what `report.json` holds."""
+    trained = read_json(run["train"] / "result.json")
+    report = {
+        "name": project.name,
+        "stages": run.stages,
+        "seconds": round(sum(s["seconds"] for s in run.stages if not s["reused"]), 2),
+        "test": read_json(run["evaluate"] / "metrics.json"),
+        "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) == 1},
+        "request": read_json(run["predict"] / "request.json"),
+        "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
+    }
+    write_json(run.folder / "report.json", report)
+    history = [json.loads(line) for line in (run["train"] / METRICS).read_text().splitlines()]
+    write_bytes(run.folder / "report.html", _page(report, history).encode())
+    return report
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """What a person wants to know at once."""
+    test, request = report["test"], report["request"]
+    figures = [f"{k.replace('_', ' ')} {test[k]:.4f}" for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
+    sure = f" (probability {request['probability']:.3f})" if "probability" in request else ""
+    return [
+        f"test ({test['rows']} rows): {', '.join(figures)}",
+        f"sealed request: predicted {request['prediction']}{sure}, truth {request['truth']}; "
+        f"differs from the local model by {request['gap_to_local_model']:.1e}",
+    ]
+
+
+def _page(report: dict[str, Any], history: list[dict]) -> str:
+    test, request, train = report["test"], report["request"], report["train"]
+    main = ("accuracy", f"{test['accuracy']:.2%}") if "accuracy" in test else ("RMSE", f"{test['rmse']:.4g}")
+    answered = f"answered {html.escape(str(request['prediction']))}, the truth is {html.escape(str(request['truth']))}"
+    sentence = f"Test {main[0]} {main[1]} on {test['rows']:,} rows; one sealed request was {answered}."
+    figures = [(k, f"{test[k]:.4f}") for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
+    figures += [(f"{k} (macro)", f"{v:.4f}") for k, v in test.get("macro", {}).items()]
+    stages = [(s["name"], f"{s['seconds']:.1f} s", "reused" if s["reused"] else "") for s in report["stages"]]
+    facts = [
+        ("parameters", f"{train['parameters']:,}"),
+        ("workers", f"{train['workers']}, weights {'identical' if train['ranks_identical'] else 'DIFFERENT'}"),
+        ("ONNX against Keras", f"differs by {train['onnx_gap']:.1e} at most"),
+        ("endpoint against local model", f"differs by {request['gap_to_local_model']:.1e}"),
+    ]
+    parts = [f"<h1>{html.escape(report['name'])}</h1><p class=lead>{sentence}</p>"]
+    parts.append(f"<h2>Training</h2>{_curves(history)}{_table(('what', 'value'), facts)}")
+    parts.append(f"<h2>Test</h2>{_table(('metric', 'value'), figures)}")
+    if "confusion" in test:
+        parts.append(_confusion([c["class"] for c in test["classes"]], test["confusion"]))
+        rows = [
+            [c["class"], *(f"{c[k]:.3f}" if c[k] is not None else "–" for k in ("precision", "recall", "f1", "roc_auc")), c["rows"]]
+            for c in test["classes"]
+        ]
+        parts.append(_table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
+    parts.append(f"<h2>Stages</h2>{_table(('stage', 'seconds', ''), stages)}")
+    return _HTML.format(title=html.escape(report["name"]), body="".join(parts))
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>{body}</table>"
+
+
+def _curves(history: list[dict]) -> str:
+    values = [
+        {"epoch": line["epoch"], "value": line[key], "rows": "validation" if key.startswith("val_") else "training", "metric": name}
+        for line in history
+        for key in line
+        if (name := key.removeprefix("val_")) in ("loss", "accuracy", "mae")
+    ]
+    line = {
+        "mark": {"type": "line", "point": {"size": 20}, "strokeWidth": 2},
+        "encoding": {
+            "x": {"field": "epoch", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}},
+            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "color": {"field": "rows", "type": "nominal", "title": None, "scale": {"range": ["#4c86c6", "#d9822b"]}},
+        },
+        "width": 280,
+        "height": 180,
+    }
+    facet = {"field": "metric", "type": "nominal", "title": None}
+    return _svg({"facet": facet, "spec": line, "resolve": {"scale": {"y": "independent"}}, "data": {"values": values}})
+
+
+def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
+    values = [
+        {"truth": str(classes[i]), "prediction": str(classes[j]), "rows": count} for i, row in enumerate(matrix) for j, count in enumerate(row)
+    ]
+    order = [str(c) for c in classes]
+    axes = {
+        "x": {"field": "prediction", "type": "nominal", "sort": order, "axis": {"labelAngle": 0}},
+        "y": {"field": "truth", "type": "nominal", "sort": order},
+    }
+    colour = {"field": "rows", "type": "quantitative", "legend": None, "scale": {"range": ["#4c86c610", "#4c86c6"]}}
+    text = {"text": {"field": "rows", "type": "quantitative"}, "opacity": {"condition": {"test": "datum.rows > 0", "value": 1}, "value": 0.25}}
+    layers = [
+        {"mark": "rect", "encoding": {**axes, "color": colour}},
+        {"mark": {"type": "text", "color": _INK}, "encoding": {**axes, **text}},
+    ]
+    size = max(200, 30 * len(classes))
+    return _svg({"layer": layers, "data": {"values": values}, "width": size, "height": size, "title": "Confusion: rows of each truth"})
+
+
+_INK = "#010203"
+"""Drawn by Vega as a colour that nothing else has, and then replaced by the page's own text colour, light or dark."""
+
+
+def _svg(spec: dict[str, Any]) -> str:
+    import vl_convert
+
+    ink = {"labelColor": _INK, "titleColor": _INK}
+    config = {
+        "background": None,
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "axis": {**ink, "gridOpacity": 0.25, "domainColor": "#888", "tickColor": "#888"},
+        "legend": ink,
+        "header": ink,
+        "title": {"color": _INK},
+    }
+    drawn = vl_convert.vegalite_to_svg({**spec, "config": config})
+    return f"<figure>{drawn.replace(_INK, 'currentColor')}</figure>"
+
+
+_HTML = """<!doctype html>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: CanvasText; background: Canvas }}
+.lead {{ font-size: 1.15rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid color-mix(in srgb, CanvasText 15%, transparent) }}
+td {{ font-variant-numeric: tabular-nums }}
+figure {{ margin: 1rem 0; overflow-x: auto }}
+svg {{ max-width: 100%; height: auto }}
+</style>
+<body>{body}</body></html>
+"""

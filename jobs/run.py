@@ -1,0 +1,88 @@
+"""Run: a project's stages in their order, from raw data to a signed bundle."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..cluster import storage
+from ..cluster.keys import DATA_KEY, KeyStore
+from ..cluster.runtime import LocalCluster
+from ..datasets.sources import open_source
+from ..project import Project
+from .bundle import make
+from .display import Display
+from .evaluate import evaluate
+from .prepare import prepare
+from .stages import Run, Stage
+from .train import Job, train
+
+
+def default_folder(project: Path) -> Path:
+    return project / "runs" / "default"
+
+
+def key_store(project: Project, base: Path, folder: Path) -> KeyStore:
+    """The run's key store: `keys` of the project file, relative to it, or `keys` in the run's folder."""
+    return KeyStore((base / Path(project.keys).expanduser()).resolve() if project.keys else folder / "keys")
+
+
+@contextmanager
+def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
+    """Hold a run's folder, with a cluster that starts when a stage needs it, and a log that says what happened."""
+    with storage.exclusive(folder):
+        handler = logging.FileHandler(folder / "run.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        loggers = [logging.getLogger("heliograph"), logging.getLogger("ray")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            with LocalCluster(workers, logs=folder / "ray-logs") as cluster, display.open():
+                yield Run(folder, cluster, display)
+        except Exception:
+            logging.getLogger("heliograph").exception("the run ended with an error")
+            raise
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+            handler.close()
+
+
+def execute(project: Project, base: Path, run: Run) -> None:
+    """Do what is not done yet of: prepare, train, evaluate, bundle. Raises the HeliographError of the stage that fails."""
+    keys = key_store(project, base, run.folder)
+    sealing = keys if project.data.encrypt else None
+    update = run.display.update
+
+    def do_prepare(folder: Path) -> None:
+        if sealing:
+            sealing.secret(DATA_KEY, create=True)
+        prepare(project.data, base, sealing, folder, update)
+
+    def do_train(folder: Path) -> None:
+        train(Job(project.train, project.model, base, run["prepare"], sealing, folder), update)
+
+    def do_bundle(folder: Path) -> None:
+        parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
+        parts += [run["train"] / "model.keras", run["train"] / "model.onnx"]
+        lineage = {"source": project.data.source, "stages": {n: run.fingerprints[n] for n in ("prepare", "train", "evaluate")}}
+        make(folder, project.name, lineage, parts, keys)
+
+    source = open_source(project.data, base)
+    trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": _code(base)}
+    for stage in (
+        Stage("prepare", (), {"data": project.data.model_dump(), "source": source.identity()}, do_prepare),
+        Stage("train", ("prepare",), trained_by, do_train),
+        Stage("evaluate", ("prepare", "train"), {}, lambda folder: evaluate(run["prepare"], run["train"], sealing, folder, update)),
+        Stage("bundle", ("prepare", "train", "evaluate"), {"name": project.name}, do_bundle),
+    ):
+        run.execute(stage)
+
+
+def _code(base: Path) -> str:
+    """A hash of the project's Python files: `model.py` and whatever it may import."""
+    digest = hashlib.sha256()
+    for file in sorted(base.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,59 @@
+"""The end of a run: its bundle behind real HTTP, one row of the test split sealed, sent, answered and opened."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cluster.keys import KeyStore
+from ..cluster.storage import write_json
+from ..datasets import shards
+from ..datasets.schema import Schema
+from ..datasets.shards import TARGET, Manifest
+from ..jobs.engine import Engine
+from ..jobs.run import key_store
+from ..jobs.stages import Run, Stage
+from ..project import Project
+from .client import Client
+from .endpoint import Endpoint, check_port, serving
+
+
+def execute(project: Project, base: Path, run: Run) -> None:
+    """The stage `predict`: writes `request.json`, with the endpoint's answer, the local model's and the truth."""
+    keys = key_store(project, base, run.folder)
+    endpoint = Endpoint(project.name, run["bundle"], keys, project.serve)
+
+    def work(folder: Path) -> None:
+        run.display.update(f"starting the endpoint on {endpoint.url}")
+        row, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
+        with serving(endpoint, run.cluster) as url, Client(url, project.name, trust=keys.public_key()) as client:
+            run.display.update("sending one sealed request")
+            started = time.monotonic()
+            answer = np.asarray(client.predict([{name: values[0] for name, values in row.items()}])[0])
+            seconds = time.monotonic() - started
+        own = Engine(run["bundle"] / "model.onnx", run["bundle"]).predict(row)[0]
+        seen: dict[str, Any] = {"prediction": float(answer), "truth": float(truth)} if not schema.classes else {
+            "prediction": schema.classes[int(answer.argmax())],
+            "probability": float(answer.max()),
+            "truth": schema.classes[int(truth)],
+        }  # fmt: skip
+        inputs = {name: values[0].tolist() for name, values in row.items()}
+        gap = float(np.abs(answer - own).max())
+        write_json(folder / "request.json", {**seen, "gap_to_local_model": gap, "seconds": round(seconds, 4), "inputs": inputs})
+
+    run.execute(Stage("predict", ("bundle",), project.serve.model_dump(), work))
+
+
+def require_port(project: Project, run: Run) -> None:
+    """Raises PortInUse before any work, where the run would end on a port that something else holds."""
+    if not run["predict"].is_dir():
+        check_port(project.serve)
+
+
+def _test_row(prepared: Path, keys: KeyStore | None) -> tuple[dict[str, np.ndarray], Any, Schema]:
+    schema = Schema.model_validate_json((prepared / "schema.json").read_bytes())
+    file = prepared / Manifest.read(prepared).splits["test"][0].file
+    with shards.open_shard(file, keys) as shard:
+        columns = shards.read_rows(shard, file, [0])
+    return {name: values[:1] for name, values in shards.to_features(columns, schema).items()}, columns[TARGET][0], schema
