@@ -46,7 +46,7 @@ class LocalCluster:
 
     def __init__(self, workers: int = 1, logs: Path | None = None):
         self.logs = logs
-        self.cpus = max(os.cpu_count() or 1, workers + 2)
+        self.cpus = max(os.cpu_count() or 1, workers + 1)
         self.running = False
 
     def __enter__(self) -> "LocalCluster":
@@ -119,7 +119,7 @@ def _environment(temp: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DEFAULT_HTTP_HOST": LOOPBACK,

@@ -8,6 +8,7 @@ hold raw features, so evaluation goes through the same preprocessing that a requ
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,9 @@ from ..datasets.shards import TARGET, Manifest, Shard, SplitName
 from ..datasets.sources import infer_schema, open_source
 from ..errors import DataError
 from ..project import Data
+
+if TYPE_CHECKING:
+    import ray.data
 
 HASH = "heliograph-hash"
 
@@ -56,22 +60,21 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     preprocessing = fit(data.preprocess, blocks, schema)
 
     update("sorting")
-    ordered = rows.sort(HASH).materialize()
-    hashes = np.concatenate([b[HASH] for b in ordered.select_columns([HASH]).iter_batches(batch_format="numpy")])
+    hashes, targets = _collect(rows)
     cuts, plan, start = [], [], 0
     for split, end in bounds:
         count = int(np.searchsorted(hashes, end)) - start
         if count == 0 and getattr(data.split, split, 1) > 0:
             raise DataError(f"{source.where}: the {split} split is empty: {len(hashes)} rows are too few, raise data.split.{split}")
+        if split == "train" and schema.classes:
+            _check_classes(targets[start:], schema, source.where)
         lengths = [n for n in shards.shard_lengths(count, data.shards) if n]
         for i, length in enumerate(lengths):
             plan.append((split, f"{split}-{i:05d}.parquet", length))
             start += length
             cuts.append(start)
-    if schema.classes:
-        _check_classes(ordered, schema, bounds, source.where)
 
-    pieces = ordered.split_at_indices(cuts[:-1])
+    pieces = rows.sort(HASH).split_at_indices(cuts[:-1])
     bytes_per_row = 4 * sum(int(np.prod(f.shape, dtype=int)) for f in schema.features) + 8
     window = shards.window_rows(bytes_per_row, max(length for _, _, length in plan))
     write = ray.remote(_write)
@@ -128,11 +131,16 @@ def check_steps(data: Data, schema: Schema) -> None:
                 raise DataError(f"data.preprocess[{i}].columns: `{column}` is not a feature: they are {', '.join(names[:12])}")
 
 
-def _check_classes(ordered, schema: Schema, bounds: list[tuple[SplitName, int]], where: str) -> None:
+def _collect(rows: "ray.data.Dataset") -> tuple[np.ndarray, np.ndarray]:
+    """All hashes, sorted, and the targets in their order: 16 bytes a row on the driver."""
+    batches = list(rows.select_columns([HASH, TARGET]).iter_batches(batch_size=None, batch_format="numpy"))
+    hashes = np.concatenate([b[HASH] for b in batches])
+    order = np.argsort(hashes, kind="stable")
+    return hashes[order], np.concatenate([b[TARGET] for b in batches])[order]
+
+
+def _check_classes(train: np.ndarray, schema: Schema, where: str) -> None:
     """A class that no training row has can never be learnt."""
-    seen: set[int] = set()
-    for batch in ordered.select_columns([HASH, TARGET]).iter_batches(batch_format="numpy"):
-        seen |= set(np.unique(batch[TARGET][batch[HASH] >= bounds[-2][1]]).tolist())
-    missing = [str(c) for i, c in enumerate(schema.classes) if i not in seen]
+    missing = [str(c) for i, c in enumerate(schema.classes) if not (train == i).any()]
     if missing:
         raise DataError(f"{where}: no training row of class {', '.join(missing[:5])}: more rows of it are needed, or another seed")

@@ -57,12 +57,11 @@ def train(job: Job, update: Callable[..., None]) -> None:
     """Train on the cluster until the last epoch is in `job.folder`. Raises ModelError for a model that does not fit."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from .backend import KerasConfig
+    from .backend import KerasConfig, Trainer
 
     gpus = ray.cluster_resources().get("GPU", 0) >= job.train.workers
-    trainer = DataParallelTrainer(
+    trainer = Trainer(
         _worker,
         train_loop_config={"job": job},
         backend_config=KerasConfig(),
@@ -149,7 +148,6 @@ def _worker(config: dict) -> None:
         if board:
             write_bytes(job.folder / METRICS, b"".join(json.dumps(line).encode() + b"\n" for line in history))
             board.write(figures)
-        ray.train.report(figures)
     digests = state.digests()
     if rank == 0:
         # Outside the strategy's scope: a plain model with the same weights, which any Keras can load.
