@@ -112,10 +112,12 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> No
 
 @app.command()
 def predict(
-    rows: Annotated[Path, typer.Argument(help="JSON: a list of rows, or {\"instances\": [...]}; - for standard input.")],
+    rows: Annotated[Path, typer.Argument(help='JSON: a list of rows, or {"instances": [...]}; - for standard input.')],
     model: Annotated[str, typer.Option(help="The model's name.")],
     url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
-    trust: Annotated[Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")] = None,
+    trust: Annotated[
+        Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Send in clear instead of sealed.")] = False,
 ) -> None:
     """Send rows to an endpoint, sealed so that only the model's replica can read them, and print a line for each.

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -74,19 +75,22 @@ class LocalCluster:
         if ray.is_initialized():
             raise HeliographError("this process is connected to a Ray already: run heliograph in a process of its own")
         with _signal_handlers_kept():
-            context = ray.init(
+            context: Any = ray.init(
                 address="local",
                 num_cpus=self.cpus,
                 object_store_memory=min(psutil.virtual_memory().total * 3 // 10, 4 << 30),
                 include_dashboard=False,
-                logging_level=logging.ERROR,
                 log_to_driver=False,
+                configure_logging=False,
                 _temp_dir=str(self.temp / "ray"),
                 _node_ip_address=LOOPBACK,
             )
         # Train's own helpers connect by themselves, and would meet another Ray of the machine.
         os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-        _quieten()
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        quieten()
 
     def stop(self) -> None:
         """End every process of this Ray and remove its folder."""
@@ -142,11 +146,9 @@ def _environment(temp: Path) -> dict[str, str]:
     }
 
 
-def _quieten() -> None:
-    """Ray's own words belong in the run's log, not between our lines on the terminal."""
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
+def quieten() -> None:
+    """Ray's own words belong in the run's log, not between our lines on the terminal. Called after each of its parts is
+    imported, since each sets up its loggers then."""
     for name in ["ray", *logging.root.manager.loggerDict]:
         if name == "ray" or name.startswith("ray."):
             logger = logging.getLogger(name)

@@ -13,9 +13,12 @@ epochs, so reading ahead goes on over their borders. This is the block-level pat
 Ray's `to_tf`.
 """
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +72,7 @@ class Part:
     def step_sizes(self) -> list[tuple[int, int]]:
         """For each step: (this worker's rows, all workers' rows)."""
         edges = [g * self.rows // self.steps for g in range(self.steps + 1)]
-        return [(self.rows_before(b) - self.rows_before(a), b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        return [(self.rows_before(b) - self.rows_before(a), b - a) for a, b in itertools.pairwise(edges)]
 
     def read_window(self, window: int, epoch: int) -> dict[str, np.ndarray]:
         """This worker's rows of one window of an epoch, in the order of their positions."""
@@ -112,9 +115,11 @@ def batches(part: Part, epochs: range) -> Iterator[Batch]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    blocks = (
+    blocks: Any = (
         ray.data.range(tasks, override_num_blocks=tasks)
-        .map_batches(_read, fn_args=(part, windows, epochs.start), batch_format="numpy", batch_size=None)
+        .map_batches(
+            functools.partial(_read, part=part, windows=windows, first=epochs.start), batch_format="numpy", batch_size=None
+        )
         .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     )
     views = ({n: to_numpy(block.column(n)) for n in block.column_names} for block in blocks if len(block))

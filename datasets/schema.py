@@ -85,7 +85,7 @@ def infer(head: pa.Table, column: pa.ChunkedArray, data: Data, where: str) -> Sc
         return Schema(task="regression", target=target, features=described)
     if not whole:
         raise DataError(f"{where}: target `{target}` has fractions: classes are whole numbers or text")
-    values = pc.unique(column).to_pylist()
+    values = column.unique().to_pylist()
     classes = sorted(int(v) if isinstance(v, (float, bool)) else v for v in values)
     if len(classes) < 2:
         raise DataError(f"{where}: target `{target}` has one class only ({classes}): there is nothing to tell apart")
@@ -164,9 +164,8 @@ def parse_instances(instances: Any, schema: Schema) -> dict[str, np.ndarray]:
         raise RequestError('"instances" must be a list of at least one row')
     names = [f.name for f in schema.features]
     rows = []
-    for i, row in enumerate(instances):
-        if len(names) == 1 and not isinstance(row, dict):
-            row = {names[0]: row}
+    for i, given in enumerate(instances):
+        row = {names[0]: given} if len(names) == 1 and not isinstance(given, dict) else given
         if not isinstance(row, dict):
             raise RequestError(f"row {i}: must be an object with {_listed(names)}")
         if row.keys() != set(names):
@@ -191,9 +190,7 @@ def _number_array(value: Any, feature: Feature, row: int) -> np.ndarray:
     except (ValueError, OverflowError):
         raise RequestError(f"row {row}: `{feature.name}` is ragged; its shape is {list(feature.shape)}") from None
     if array.shape != feature.shape:
-        raise RequestError(
-            f"row {row}: `{feature.name}` has the shape {list(array.shape)}; its shape is {list(feature.shape)}"
-        )
+        raise RequestError(f"row {row}: `{feature.name}` has the shape {list(array.shape)}; its shape is {list(feature.shape)}")
     if not np.isfinite(array).all():
         raise RequestError(f"row {row}: `{feature.name}` holds a number too large for float32")
     return array

@@ -5,6 +5,7 @@ A source gives two things: `table(columns, limit)`, read here without Ray, which
 """
 
 import glob
+import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,7 @@ class SklearnSource:
         self._name = name
 
     def identity(self) -> list:
-        import sklearn
-
-        return [self.where, sklearn.__version__]
+        return [self.where, importlib.metadata.version("scikit-learn")]
 
     def table(self, columns: list[str] | None = None, limit: int | None = None) -> pa.Table:
         from sklearn import datasets
@@ -61,7 +60,7 @@ class FileSource:
         if place.is_dir():
             found = [p for p in sorted(place.rglob("*")) if p.suffix in (".parquet", ".csv")]
         else:
-            found = [Path(p) for p in sorted(glob.glob(str(place), recursive=True)) if Path(p).is_file()]
+            found = [p for p in sorted(map(Path, glob.glob(str(place), recursive=True))) if p.is_file()]  # noqa: PTH207 (absolute globs too)
         if not found:
             raise DataError(f"{place}: not found: data.source names a .parquet or .csv file, a folder or a glob of them")
         kinds = {p.suffix for p in found}

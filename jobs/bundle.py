@@ -33,7 +33,9 @@ def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], ke
         shutil.copyfile(part, folder / part.name)
     note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage}
     write_json(folder / "bundle.json", note)
-    config = signing.Config().use_elliptic_key_signer(private_key=keys.signing_key()).set_hashing_config(_all_but_signature(folder))
+    config = (
+        signing.Config().use_elliptic_key_signer(private_key=keys.signing_key()).set_hashing_config(_all_but_signature(folder))
+    )
     config.sign(folder, folder / SIGNATURE)
 
 

@@ -1,5 +1,6 @@
 """What a person sees while a run works: a bar a stage on a terminal, a line a stage in a pipe."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+log = logging.getLogger("heliograph")
 
 
 class Display:
@@ -24,6 +27,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self._task = None
+        self._note = ""
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -41,6 +45,9 @@ class Display:
 
     def update(self, note: str, done: float | None = None, total: float | None = None) -> None:
         """note: what is being done; done of total: how far the stage is."""
+        if note != self._note:
+            log.info("%s", note)
+            self._note = note
         if self._task is not None:
             self._progress.update(self._task, note=note, completed=done, total=total)
 

@@ -5,6 +5,7 @@ answer requests; scikit-learn computes them.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ def evaluate(prepared: Path, trained: Path, keys: KeyStore | None, folder: Path,
 
     files = [prepared / s.file for s in Manifest.read(prepared).splits["test"]]
     update("predicting the test split")
-    done = ray.data.range(len(files), override_num_blocks=min(len(files), 8)).map_batches(
-        _predict, fn_args=(files, prepared, trained, keys), batch_format="numpy", batch_size=None
-    )
+    predict = functools.partial(_predict, files=files, prepared=prepared, trained=trained, keys=keys)
+    numbers = ray.data.range(len(files), override_num_blocks=min(len(files), 8))
+    done = numbers.map_batches(predict, batch_format="numpy", batch_size=None)
     found = list(done.iter_batches(batch_size=None, batch_format="numpy"))
     target = np.concatenate([f["target"] for f in found])
     outputs = np.concatenate([f["outputs"] for f in found])
     update("computing metrics")
     schema = Engine(trained / "model.onnx", prepared).schema
-    write_json(folder / "metrics.json", classification(target, outputs, schema) if schema.classes else regression(target, outputs))
+    write_json(
+        folder / "metrics.json", classification(target, outputs, schema) if schema.classes else regression(target, outputs)
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,8 +61,7 @@ def classification(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> d
 
     ROC-AUC is one class against the rest, averaged over the classes that the rows hold both sides of.
     """
-    from sklearn import metrics
-
+    metrics: Any = importlib.import_module("sklearn.metrics")
     classes = range(len(schema.classes))
     guess = outputs.argmax(axis=1)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(target, guess, labels=list(classes), zero_division=0)
@@ -68,7 +70,9 @@ def classification(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> d
             target, guess, labels=list(classes), average=name, zero_division=0)[:3]), strict=True))
         for name in ("macro", "weighted")
     }  # fmt: skip
-    areas = {c: float(metrics.roc_auc_score(target == c, outputs[:, c])) for c in classes if 0 < (target == c).sum() < len(target)}
+    areas = {
+        c: float(metrics.roc_auc_score(target == c, outputs[:, c])) for c in classes if 0 < (target == c).sum() < len(target)
+    }
     return {
         "rows": len(target),
         "accuracy": float(metrics.accuracy_score(target, guess)),

@@ -6,9 +6,10 @@ Every mistake in it becomes a ModelError that names the user's own file and line
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cluster.runtime import project_imports
 from ..datasets.schema import Schema
@@ -49,21 +50,20 @@ def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
     return built
 
 
-def compile_parts(train: Train, schema: Schema) -> tuple["keras.losses.Loss", "keras.optimizers.Optimizer"]:
+def compile_parts(train: Train, schema: Schema) -> tuple[Callable[..., Any], "keras.optimizers.Optimizer"]:
     """The loss (a value a row) and the optimizer of `train`. Raises ModelError for a name or parameter Keras does not know."""
     import keras
 
     name = train.loss or ("sparse_categorical_crossentropy" if schema.classes else "mean_squared_error")
     try:
-        loss = keras.losses.get(name)
-        if not isinstance(loss, keras.losses.Loss):
-            loss = keras.losses.get({"class_name": loss.__name__, "config": {}})
-        loss.reduction = None
-    except (ValueError, AttributeError, TypeError):
+        loss: Any = keras.losses.get(name)  # a function gives a value a row as it is
+        if isinstance(loss, keras.losses.Loss):
+            loss.reduction = "none"
+    except (ValueError, TypeError):
         raise ModelError(f"train.loss: `{name}` is not a Keras loss") from None
     parameters = train.optimizer.model_dump(exclude={"name"})
     try:
-        optimizer = keras.optimizers.get({"class_name": train.optimizer.name, "config": parameters})
+        optimizer: Any = keras.optimizers.get({"class_name": train.optimizer.name, "config": parameters})
     except (ValueError, TypeError) as error:
         raise ModelError(f"train.optimizer: `{train.optimizer.name}` with {parameters}: {_what(error)}") from None
     return loss, optimizer

@@ -6,6 +6,7 @@ The training and validation shards hold the model's inputs, so an epoch reads th
 hold raw features, so evaluation goes through the same preprocessing that a request will.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,15 +44,12 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
 
     update("reading rows")
     columns = [f.name for f in schema.features] + [schema.target]
-    rows = (
-        source.dataset(columns)
-        .map_batches(_check_rows, fn_args=(schema, data.split.seed), batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
-        .materialize()
-    )
+    checked = functools.partial(_check_rows, schema=schema, seed=data.split.seed)
+    rows = source.dataset(columns).map_batches(checked, batch_format="pyarrow", batch_size=None).materialize()
     bounds = shards.split_bounds(data.split)
 
     update("fitting the preprocessing")
-    partial = rows.map_batches(_moments, fn_args=(schema, bounds), batch_format="pyarrow", batch_size=None)
+    partial = rows.map_batches(functools.partial(_moments, schema=schema, bounds=bounds), batch_format="pyarrow", batch_size=None)
     found = [Moments.model_validate_json(row["moments"]) for row in partial.take_all()]
     names = [f.name for f in schema.features]
     if not found:
@@ -65,7 +63,9 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     for split, end in bounds:
         count = int(np.searchsorted(hashes, end)) - start
         if count == 0 and getattr(data.split, split, 1) > 0:
-            raise DataError(f"{source.where}: the {split} split is empty: {len(hashes)} rows are too few, raise data.split.{split}")
+            raise DataError(
+                f"{source.where}: the {split} split is empty: {len(hashes)} rows are too few, raise data.split.{split}"
+            )
         if split == "train" and schema.classes:
             _check_classes(targets[start:], schema, source.where)
         lengths = [n for n in shards.shard_lengths(count, data.shards) if n]
@@ -82,13 +82,13 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
         write.remote(folder / file, split, schema, preprocessing, window, keys, *piece.to_arrow_refs())
         for (split, file, _), piece in zip(plan, pieces, strict=True)
     ]
-    done: dict[SplitName, list[Shard]] = {split: [] for split, _ in bounds}
+    done: dict[str, list[Shard]] = {split: [] for split, _ in bounds}
     for i, ((split, _, _), ref) in enumerate(zip(plan, refs, strict=True)):
         done[split].append(ray.get(ref))
         update(f"writing shards, {start:,} rows", i + 1, len(refs))
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
-    Manifest(splits=dict(done), window=window, encrypted=keys is not None).write(folder)
+    Manifest(splits=done, window=window, encrypted=keys is not None).write(folder)
 
 
 def _check_rows(table: pa.Table, schema: Schema, seed: int) -> pa.Table:
@@ -115,7 +115,13 @@ def _moments(table: pa.Table, schema: Schema, bounds: list[tuple[SplitName, int]
 
 
 def _write(
-    file: Path, split: SplitName, schema: Schema, preprocessing: Preprocessing, window: int, keys: KeyStore | None, *tables: pa.Table
+    file: Path,
+    split: SplitName,
+    schema: Schema,
+    preprocessing: Preprocessing,
+    window: int,
+    keys: KeyStore | None,
+    *tables: pa.Table,
 ) -> Shard:
     features, target = _rows(pa.concat_tables(tables), schema)
     if split != "test":
@@ -143,4 +149,6 @@ def _check_classes(train: np.ndarray, schema: Schema, where: str) -> None:
     """A class that no training row has can never be learnt."""
     missing = [str(c) for i, c in enumerate(schema.classes) if not (train == i).any()]
     if missing:
-        raise DataError(f"{where}: no training row of class {', '.join(missing[:5])}: more rows of it are needed, or another seed")
+        raise DataError(
+            f"{where}: no training row of class {', '.join(missing[:5])}: more rows of it are needed, or another seed"
+        )

@@ -2,7 +2,6 @@
 
 import html
 import json
-from pathlib import Path
 from typing import Any
 
 from ..cluster.storage import read_json, write_bytes, write_json
@@ -32,7 +31,9 @@ def write(project: Project, run: Run) -> dict[str, Any]:
 def summary(report: dict[str, Any]) -> list[str]:
     """What a person wants to know at once."""
     test, request = report["test"], report["request"]
-    figures = [f"{k.replace('_', ' ')} {test[k]:.4f}" for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
+    figures = [
+        f"{k.replace('_', ' ')} {test[k]:.4f}" for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None
+    ]
     sure = f" (probability {request['probability']:.3f})" if "probability" in request else ""
     return [
         f"test ({test['rows']} rows): {', '.join(figures)}",
@@ -61,7 +62,11 @@ def _page(report: dict[str, Any], history: list[dict]) -> str:
     if "confusion" in test:
         parts.append(_confusion([c["class"] for c in test["classes"]], test["confusion"]))
         rows = [
-            [c["class"], *(f"{c[k]:.3f}" if c[k] is not None else "–" for k in ("precision", "recall", "f1", "roc_auc")), c["rows"]]
+            [
+                c["class"],
+                *(f"{c[k]:.3f}" if c[k] is not None else "–" for k in ("precision", "recall", "f1", "roc_auc")),
+                c["rows"],
+            ]
             for c in test["classes"]
         ]
         parts.append(_table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
@@ -76,7 +81,12 @@ def _table(head: tuple[str, ...], rows: list[Any]) -> str:
 
 def _curves(history: list[dict]) -> str:
     values = [
-        {"epoch": line["epoch"], "value": line[key], "rows": "validation" if key.startswith("val_") else "training", "metric": name}
+        {
+            "epoch": line["epoch"],
+            "value": line[key],
+            "rows": "validation" if key.startswith("val_") else "training",
+            "metric": name,
+        }
         for line in history
         for key in line
         if (name := key.removeprefix("val_")) in ("loss", "accuracy", "mae")
@@ -97,7 +107,9 @@ def _curves(history: list[dict]) -> str:
 
 def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
     values = [
-        {"truth": str(classes[i]), "prediction": str(classes[j]), "rows": count} for i, row in enumerate(matrix) for j, count in enumerate(row)
+        {"truth": str(classes[i]), "prediction": str(classes[j]), "rows": count}
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
     ]
     order = [str(c) for c in classes]
     axes = {
@@ -105,13 +117,18 @@ def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
         "y": {"field": "truth", "type": "nominal", "sort": order},
     }
     colour = {"field": "rows", "type": "quantitative", "legend": None, "scale": {"range": ["#4c86c610", "#4c86c6"]}}
-    text = {"text": {"field": "rows", "type": "quantitative"}, "opacity": {"condition": {"test": "datum.rows > 0", "value": 1}, "value": 0.25}}
+    text = {
+        "text": {"field": "rows", "type": "quantitative"},
+        "opacity": {"condition": {"test": "datum.rows > 0", "value": 1}, "value": 0.25},
+    }
     layers = [
         {"mark": "rect", "encoding": {**axes, "color": colour}},
         {"mark": {"type": "text", "color": _INK}, "encoding": {**axes, **text}},
     ]
     size = max(200, 30 * len(classes))
-    return _svg({"layer": layers, "data": {"values": values}, "width": size, "height": size, "title": "Confusion: rows of each truth"})
+    return _svg(
+        {"layer": layers, "data": {"values": values}, "width": size, "height": size, "title": "Confusion: rows of each truth"}
+    )
 
 
 _INK = "#010203"
@@ -139,10 +156,10 @@ _HTML = """<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: CanvasText; background: Canvas }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
 .lead {{ font-size: 1.15rem }}
 table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid color-mix(in srgb, CanvasText 15%, transparent) }}
+th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8883 }}
 td {{ font-variant-numeric: tabular-nums }}
 figure {{ margin: 1rem 0; overflow-x: auto }}
 svg {{ max-width: 100%; height: auto }}

@@ -35,6 +35,7 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
         handler = logging.FileHandler(folder / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         loggers = [logging.getLogger("heliograph"), logging.getLogger("ray")]
+        loggers[0].setLevel(logging.INFO)
         for logger in loggers:
             logger.addHandler(handler)
         try:
@@ -74,7 +75,9 @@ def execute(project: Project, base: Path, run: Run) -> None:
     for stage in (
         Stage("prepare", (), {"data": project.data.model_dump(), "source": source.identity()}, do_prepare),
         Stage("train", ("prepare",), trained_by, do_train),
-        Stage("evaluate", ("prepare", "train"), {}, lambda folder: evaluate(run["prepare"], run["train"], sealing, folder, update)),
+        Stage(
+            "evaluate", ("prepare", "train"), {}, lambda folder: evaluate(run["prepare"], run["train"], sealing, folder, update)
+        ),
         Stage("bundle", ("prepare", "train", "evaluate"), {"name": project.name}, do_bundle),
     ):
         run.execute(stage)

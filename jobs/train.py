@@ -118,7 +118,7 @@ def _worker(config: dict) -> None:
     schema = Schema.model_validate(read_json(job.prepared / "schema.json"))
     manifest = Manifest.read(job.prepared)
     keras.utils.set_random_seed(job.train.seed)
-    strategy: Any = tf.distribute.MultiWorkerMirroredStrategy() if workers > 1 else tf.distribute.get_strategy()
+    strategy: Any = _multi_worker() if workers > 1 else tf.distribute.get_strategy()
     with strategy.scope():
         model = build(job.model, schema, job.project)
         loss, optimizer = compile_parts(job.train, schema)
@@ -173,11 +173,26 @@ def _export(model: Any, rows: Part, job: Job) -> float:
     inputs = rows.read_window(0, 1)
     inputs.pop(TARGET)
     inputs = {name: values[:EXPORT_ROWS] for name, values in inputs.items()}
-    own = model({n: tf.constant(v) for n, v in inputs.items()} if len(inputs) > 1 else tf.constant(*inputs.values()))
-    gap = float(np.abs(np.asarray(own) - Engine(job.folder / "model.onnx", job.prepared).forward(inputs)).max())
+    own = np.asarray(model(_fed({name: tf.constant(values) for name, values in inputs.items()})))
+    gap = float(np.abs(own - Engine(job.folder / "model.onnx", job.prepared).forward(inputs)).max())
     if gap > EXPORT_GAP:
         raise ModelError(f"model.onnx answers differently from the Keras model by {gap:.2g} (at most {EXPORT_GAP:.0e})")
     return gap
+
+
+def _fed(inputs: dict[str, Any]) -> Any:
+    """Inputs as a Keras model takes them: one tensor alone, several by name."""
+    return inputs if len(inputs) > 1 else next(iter(inputs.values()))
+
+
+def _multi_worker() -> Any:
+    """MultiWorkerMirroredStrategy. Its thread that watches the peers sleeps 30 s at a time, and the end of training would
+    wait for it to wake: one second instead."""
+    import tensorflow as tf
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    CollectiveAllReduceExtended._check_health_interval = 1
+    return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def _meters(schema: Schema) -> list[Any]:
@@ -209,7 +224,7 @@ class _Steps:
         replicas = strategy.num_replicas_in_sync
 
         def forward(inputs: Any, target: Any, training: bool) -> tuple[Any, Any]:
-            outputs = model(inputs if len(inputs) > 1 else next(iter(inputs.values())), training=training)
+            outputs = model(_fed(inputs), training=training)
             rows = loss(target if loss_takes_indices else target[:, None], outputs)
             meters[0].update_state(rows)
             meters[1].update_state(target, outputs)
@@ -267,7 +282,7 @@ class _State:
             try:
                 note = read_json(checkpoint / "state.json")
                 with np.load(checkpoint / "state.npz", allow_pickle=False) as file:
-                    values = [file[f"v{i}"] for i in range(len(self.variables))]
+                    values = [file[f"arr_{i}"] for i in range(len(self.variables))]
             except (OSError, ValueError, KeyError):
                 continue
             if _digest(values) != note["sha256"]:
@@ -293,7 +308,7 @@ class _State:
             return
         with publish_folder(self.folder / f"epoch-{epoch:05d}") as aside:
             with (aside / "state.npz").open("wb") as file:
-                np.savez(file, **{f"v{i}": np.asarray(v) for i, v in enumerate(self.variables)})
+                np.savez(file, *map(np.asarray, self.variables))
             write_json(aside / "state.json", {"epoch": epoch, "sha256": digests[0], "history": history})
         for old in sorted(self.folder.glob("epoch-*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)

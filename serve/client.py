@@ -1,7 +1,7 @@
 """The client: raw rows in, predictions out, sealed on the way. It needs neither Ray nor TensorFlow.
 
-    with heliograph.Client("http://127.0.0.1:8000", "digits") as client:
-        client.predict([image])
+with heliograph.Client("http://127.0.0.1:8000", "digits") as client:
+    client.predict([image])
 """
 
 import base64
@@ -139,7 +139,9 @@ def check_signature(public_key: Path, model: str, key_configs: bytes, signature:
     try:
         key.verify(base64.b64decode(signature, validate=True), signed_text(model, key_configs), ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, ValueError):
-        raise SignatureError(f"the key configuration of `{model}` is not signed by {os.fspath(public_key)}: do not send to it") from None
+        raise SignatureError(
+            f"the key configuration of `{model}` is not signed by {os.fspath(public_key)}: do not send to it"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

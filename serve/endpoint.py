@@ -6,14 +6,16 @@ reads the private key itself, so neither travels through Ray.
 """
 
 import base64
+import importlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cluster.keys import KeyStore
-from ..cluster.runtime import LOOPBACK, LocalCluster
+from ..cluster.runtime import LOOPBACK, LocalCluster, quieten
 from ..errors import PortInUse, RequestError
 from ..jobs import bundle
 from ..jobs.engine import Engine
@@ -69,8 +71,9 @@ def serving(endpoint: Endpoint, cluster: LocalCluster) -> Iterator[str]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    quieten()
     serve.start(http_options=HTTPOptions(host=endpoint.options.host, port=endpoint.options.port))
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         _Replica,
         name=endpoint.name,
         num_replicas=endpoint.options.replicas,
@@ -115,7 +118,7 @@ class _Replica:
 def _keep_on_loopback() -> None:
     """Ray opens one more port for each replica, after the replica's constructor, on every interface; the address is not a
     setting, so the function that binds it is wrapped."""
-    from ray.serve._private import replica
+    replica: Any = importlib.import_module("ray.serve._private.replica")
 
     bind = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", LOOPBACK))
