@@ -4,21 +4,61 @@ Exit codes: 0 done, 1 a bug of ours (its traceback is in the run's log), 2 a mis
 130 Ctrl-C and 143 SIGTERM (the same command goes on from there).
 """
 
-import contextlib
-import os
 import shutil
 import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from . import __version__, project
-from .errors import HeliographError, ProjectError
+from .errors import ProjectError
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, on the same way out as Ctrl-C."""
+
+
+class _Commands(TyperGroup):
+    """Runs a command and turns what it raises into a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        def terminate(*_: Any) -> None:
+            raise _Terminated
+
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            typer.echo("interrupted: the same command goes on from here", err=True)
+            code = 143 if isinstance(stop, _Terminated) else 130
+        except (typer.Exit, typer.Abort, TyperException):
+            raise
+        except Exception as error:
+            code = _say(error)
+        raise typer.Exit(code)
+
+
+def _say(error: Exception) -> int:
+    """Print an error as a person needs it; the exit code that goes with it."""
+    from .cluster.runtime import explained
+
+    mistake = explained(error)
+    if mistake is not None:
+        for line in str(mistake).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        return 2
+    text = (str(error).strip().splitlines() or [""])[-1]
+    typer.echo(f"bug: {type(error).__name__}: {text[:300]}", err=True)
+    typer.echo("this is heliograph's mistake, not yours: please report it with the traceback in the run's run.log", err=True)
+    return 1
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="heliograph",
     no_args_is_help=True,
     add_completion=True,
@@ -153,56 +193,5 @@ def _with_port(loaded: project.Project, port: int | None) -> project.Project:
     return loaded.model_copy(update={"serve": loaded.serve.model_copy(update={"port": port})}) if port else loaded
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the same way out as Ctrl-C."""
-
-
-@contextlib.contextmanager
-def _exit_codes() -> Iterator[None]:
-    def terminate(*_: Any) -> None:
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        typer.echo("interrupted: the same command goes on from here", err=True)
-        code = 143 if isinstance(stop, _Terminated) else 130
-    except Exception as error:
-        code = _say(error)
-    else:
-        return
-    sys.stdout.flush()
-    sys.exit(code)
-
-
-def _say(error: Exception) -> int:
-    """Print an error as a person needs it; the exit code that goes with it."""
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, click.ClickException):
-        error.show()
-        return 2
-    explained: HeliographError | None = error if isinstance(error, HeliographError) else None
-    if explained is None and "ray" in sys.modules:
-        from .cluster.runtime import explained as search
-
-        explained = search(error)
-    if explained is not None:
-        for line in str(explained).splitlines():
-            typer.echo(f"error: {line}", err=True)
-        return 2
-    if os.environ.get("HELIOGRAPH_TRACEBACK"):
-        raise error
-    text = (str(error).strip().splitlines() or [""])[-1]
-    typer.echo(f"bug: {type(error).__name__}: {text[:300]}", err=True)
-    typer.echo("this is a mistake of heliograph's: the traceback is in the run's run.log; please report it", err=True)
-    return 1
-
-
 def main() -> None:
-    with _exit_codes():
-        app(standalone_mode=False)
+    app()

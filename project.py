@@ -55,7 +55,7 @@ class Data(Section):
     features: list[str] | None = None
     """The columns to predict from (default: all others)."""
     task: Literal["classification", "regression"] | None = None
-    """Default: regression when the target has fractions, else classification."""
+    """default: classification for text and for up to 100 whole numbers, else regression"""
     split: Split = Split()
     preprocess: list[Step] = [Step(step="standardise")]
     shards: Annotated[int, Field(ge=1, le=4096)] = 8

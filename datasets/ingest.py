@@ -115,11 +115,10 @@ def batches(part: Part, epochs: range) -> Iterator[Batch]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    read: Any = functools.partial(_read, part=part, windows=windows, first=epochs.start)
     blocks: Any = (
         ray.data.range(tasks, override_num_blocks=tasks)
-        .map_batches(
-            functools.partial(_read, part=part, windows=windows, first=epochs.start), batch_format="numpy", batch_size=None
-        )
+        .map_batches(read, batch_format="numpy", batch_size=None)
         .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     )
     views = ({n: to_numpy(block.column(n)) for n in block.column_names} for block in blocks if len(block))

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import DataError, RequestError
 from ..project import Data
 
+MOST_CLASSES = 100
+"""A target of numbers with more values than these is a regression, unless `data.task` says otherwise."""
+
 
 class Feature(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,31 +68,40 @@ def infer(head: pa.Table, column: pa.ChunkedArray, data: Data, where: str) -> Sc
 
     where: names the source in errors. Raises DataError.
     """
-    target, task = data.target, data.task
+    target = data.target
     chosen = data.features or [name for name in head.column_names if name != target]
     if target in chosen:
         raise DataError(f"{where}: `{target}` is the target, it cannot be a feature too")
     if not chosen:
         raise DataError(f"{where}: has no column but the target `{target}`")
     described = tuple(Feature(name=n, shape=_shape(head.column(n), n, where)) for n in chosen)
+    classes = _classes(column, data, where)
+    return Schema(task="classification" if classes else "regression", target=target, classes=classes, features=described)
+
+
+def _classes(column: pa.ChunkedArray, data: Data, where: str) -> tuple[str | int, ...]:
+    """The labels of the target, in order; none for a regression."""
+    name, kind = f"{where}: target `{data.target}`", column.type
+    fractional = pt.is_floating(kind)
     if column.null_count:
-        raise DataError(f"{where}: target `{target}` is empty in {column.null_count} rows: drop or fill them")
-    if pt.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():  # pyright: ignore[reportAttributeAccessIssue]
-        raise DataError(f"{where}: target `{target}` holds NaN or infinity: drop or fill those rows")
-    whole = not pt.is_floating(column.type) or pc.all(pc.equal(pc.floor(column), column)).as_py()  # pyright: ignore[reportAttributeAccessIssue]
-    if task is None:
-        task = "classification" if whole else "regression"
-    if task == "regression":
-        if not (pt.is_floating(column.type) or pt.is_integer(column.type)):
-            raise DataError(f"{where}: target `{target}` is {column.type}: a regression needs numbers")
-        return Schema(task="regression", target=target, features=described)
-    if not whole:
-        raise DataError(f"{where}: target `{target}` has fractions: classes are whole numbers or text")
+        raise DataError(f"{name} is empty in {column.null_count} rows: drop or fill them")
+    if not (fractional or pt.is_integer(kind) or pt.is_boolean(kind) or pt.is_string(kind) or pt.is_large_string(kind)):
+        raise DataError(f"{name} is {kind}: numbers or text can be predicted")
     values = column.unique().to_pylist()
-    classes = sorted(int(v) if isinstance(v, (float, bool)) else v for v in values)
-    if len(classes) < 2:
-        raise DataError(f"{where}: target `{target}` has one class only ({classes}): there is nothing to tell apart")
-    return Schema(task="classification", target=target, classes=tuple(classes), features=described)
+    if fractional and not all(map(math.isfinite, values)):
+        raise DataError(f"{name} holds NaN or infinity: drop or fill those rows")
+    numbers = fractional or pt.is_integer(kind)
+    whole = not fractional or all(v == int(v) for v in values)
+    task = data.task or ("regression" if numbers and (not whole or len(values) > MOST_CLASSES) else "classification")
+    if task == "regression":
+        if not numbers:
+            raise DataError(f"{name} is {kind}: a regression needs numbers")
+        return ()
+    if not whole:
+        raise DataError(f"{name} has fractions: classes are whole numbers or text")
+    if len(values) < 2:
+        raise DataError(f"{name} has one class only ({values[0]!r}): there is nothing to tell apart")
+    return tuple(sorted(v if isinstance(v, str) else int(v) for v in values))
 
 
 def arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:

@@ -1,6 +1,8 @@
 """Check: everything that can be wrong with a project before anything starts."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..datasets.schema import Schema
@@ -13,7 +15,8 @@ def check(project: Project, base: Path) -> list[str]:
     """Read the schema, build the model on it, and say what was found. Raises DataError and ModelError."""
     schema = infer_schema(open_source(project.data, base), project.data)
     check_steps(project.data, schema)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _silenced():
+        import keras  # noqa: F401
     from .model import build, compile_parts
 
     model = build(project.model, schema, base)
@@ -25,6 +28,20 @@ def check(project: Project, base: Path) -> list[str]:
         f"train    {project.train.epochs} epochs, {project.train.workers} workers, batches of {project.train.batch_size}",
         "ok",
     ]
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """TensorFlow's C++ prints to the terminal when it is loaded, whatever its log level."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _features(schema: Schema) -> str:

@@ -26,7 +26,7 @@ def evaluate(prepared: Path, trained: Path, keys: KeyStore | None, folder: Path,
 
     files = [prepared / s.file for s in Manifest.read(prepared).splits["test"]]
     update("predicting the test split")
-    predict = functools.partial(_predict, files=files, prepared=prepared, trained=trained, keys=keys)
+    predict: Any = functools.partial(_predict, files=files, prepared=prepared, trained=trained, keys=keys)
     numbers = ray.data.range(len(files), override_num_blocks=min(len(files), 8))
     done = numbers.map_batches(predict, batch_format="numpy", batch_size=None)
     found = list(done.iter_batches(batch_size=None, batch_format="numpy"))

@@ -83,7 +83,8 @@ def train(job: Job, update: Callable[..., None]) -> None:
 
     # In a thread, so that Ctrl-C reaches the main thread at once (Ray Train would catch it and wait).
     thread = threading.Thread(target=fit, daemon=True)
-    update("starting workers")
+    reached = max((int(c.name.split("-")[1]) for c in (job.folder / "checkpoints").glob("epoch-*")), default=0)
+    update(f"starting workers, going on after epoch {reached}" if reached else "starting workers")
     thread.start()
     while thread.is_alive():
         thread.join(0.3)

@@ -1,0 +1,168 @@
+"""Shared by all tests: one Ray in this process, one finished run of the digits example, and commands as a user types them."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from heliograph.cluster.runtime import LocalCluster, free_port
+
+ROOT = Path(__file__).parent.parent
+VECTORS = Path(__file__).parent / "vectors"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(2) as running:
+        running.start()
+        yield running
+
+
+@pytest.fixture
+def silent() -> Callable[..., None]:
+    """Where a job's progress goes when nobody looks."""
+    return lambda *_: None
+
+
+class Command:
+    """A heliograph command in a process of its own, with all that it starts."""
+
+    def __init__(self, *arguments: str | Path):
+        self.seen: set[psutil.Process] = set()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "heliograph", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            cwd="/",
+        )
+
+    def look(self) -> set[psutil.Process]:
+        """Every process that it is known to have started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
+        return self.seen
+
+    def wait_for(self, happened: Callable[[], bool], what: str, timeout: float = 200) -> None:
+        end = time.monotonic() + timeout
+        while not happened():
+            self.look()
+            assert self.process.poll() is None, f"ended before {what}:\n{self.process.stdout.read()}"
+            assert time.monotonic() < end, f"{what} did not happen in {timeout} s"
+            time.sleep(0.05)
+
+    def end(self, signal: int) -> tuple[int, str]:
+        """Send a signal to the process itself, as Ctrl-C, `kill` or the system would."""
+        self.look()
+        self.process.send_signal(signal)
+        return self.finish()
+
+    def finish(self, timeout: float = 280) -> tuple[int, str]:
+        """(exit code, all that it printed). Ends the whole tree when it takes longer."""
+        try:
+            while self.process.poll() is None:
+                self.look()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output = self.process.communicate(timeout=min(timeout, 1))[0]
+                    return self.process.returncode, output
+                timeout -= 1
+                assert timeout > 0, "the command did not end"
+            return self.process.returncode, self.process.communicate()[0]
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL to it and to all that it started, by their pids."""
+        everyone = self.look()
+        self.process.kill()
+        self.process.wait()
+        for process in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(everyone, timeout=10)
+
+    def left_running(self) -> list[str]:
+        return [" ".join(p.cmdline()) for p in psutil.wait_procs(self.seen, timeout=3)[1] if p.is_running()]
+
+    def left_behind(self) -> list[Path]:
+        return list(Path("/tmp").glob(f"heliograph-{self.process.pid}-*"))
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Command]]:
+    """Start commands; whatever still runs when the test ends, however it ends, is ended by its pid."""
+    started: list[Command] = []
+
+    def start(*arguments: str | Path) -> Command:
+        started.append(Command(*arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.kill()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits example, run to its end by the command line: the project's folder."""
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    shutil.copytree(ROOT / "examples" / "digits", folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    set_port(folder, free_port())
+    code, output = Command("run", folder).finish()
+    assert code == 0, output
+    print(output)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report(digits: Path) -> dict:
+    return json.loads((digits / "runs" / "default" / "report.json").read_text())
+
+
+def set_port(folder: Path, port: int) -> None:
+    file = folder / "heliograph.yaml"
+    file.write_text(file.read_text().replace("port: 8000", f"port: {port}"))
+
+
+def iris_project(folder: Path, epochs: int = 6) -> Path:
+    """A small project on a CSV file with text classes."""
+    from sklearn import datasets
+
+    folder.mkdir(parents=True)
+    iris = datasets.load_iris()
+    lines = ["length,width,petal_length,petal_width,species"]
+    lines += [",".join([*map(str, row), str(iris.target_names[kind])]) for row, kind in zip(iris.data, iris.target, strict=True)]
+    (folder / "iris.csv").write_text("\n".join(lines) + "\n")
+    (folder / "heliograph.yaml").write_text(
+        f"""\
+name: iris
+data: {{source: iris.csv, target: species, split: {{validation: 0.2, test: 0.2, seed: 3}}, shards: 2}}
+train: {{epochs: {epochs}, batch_size: 16, optimizer: {{name: adam, learning_rate: 0.02}}}}
+serve: {{port: {free_port()}}}
+"""
+    )
+    (folder / "model.py").write_text(
+        """\
+import keras
+
+
+def build(schema, hp):
+    inputs = keras.Input(schema.input_shape)
+    hidden = keras.layers.Dense(16, activation="relu")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(schema.outputs, activation="softmax")(hidden))
+"""
+    )
+    return folder
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,0 +1,146 @@
+"""Whole runs, as a user starts, stops, kills and changes them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import Command, iris_project
+
+
+def stages(folder: Path) -> dict[str, bool]:
+    """Each stage of the last run, and whether it was reused."""
+    report = json.loads((folder / "runs" / "default" / "report.json").read_text())
+    return {s["name"]: s["reused"] for s in report["stages"]}
+
+
+def test_digits_reaches_97_percent_on_rows_it_has_not_seen(report):
+    assert report["test"]["accuracy"] >= 0.97
+    assert report["test"]["rows"] > 100
+    assert report["test"]["roc_auc"] >= 0.99
+    assert len(report["test"]["classes"]) == 10
+    assert sum(map(sum, report["test"]["confusion"])) == report["test"]["rows"]
+
+
+def test_both_ranks_end_with_the_same_weights(report):
+    digests = report["train"]["weights_sha256"]
+    assert len(digests) == report["train"]["workers"] == 2
+    assert digests[0] == digests[1]
+
+
+def test_the_sealed_answer_equals_the_local_model(report):
+    assert report["request"]["gap_to_local_model"] <= 1e-5
+    assert report["request"]["prediction"] == report["request"]["truth"]
+
+
+def test_the_sealed_answer_equals_the_keras_model(digits, report):
+    import keras
+    import numpy as np
+    from heliograph.datasets.preprocess import Preprocessing
+    from heliograph.datasets.schema import Schema, parse_instances
+
+    bundle = digits / "runs" / "default" / "bundle"
+    schema = Schema.model_validate_json((bundle / "schema.json").read_text())
+    preprocessing = Preprocessing.model_validate_json((bundle / "preprocess.json").read_text())
+    inputs = preprocessing.apply(parse_instances([report["request"]["inputs"]], schema), schema)
+    own = keras.models.load_model(bundle / "model.keras").predict(inputs["image"], verbose=0)[0]
+    assert schema.classes[int(np.argmax(own))] == report["request"]["prediction"]
+    assert float(own.max()) == pytest.approx(report["request"]["probability"], abs=1e-5)
+
+
+def test_metrics_have_a_line_an_epoch_and_tensorboard_the_same(digits):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = digits / "runs" / "default" / "train"
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 13))
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    found = [(e.step, round(float(e.tensor_proto.float_val[0]), 5)) for e in events.Tensors("loss")]
+    assert found == [(line["step"], round(line["loss"], 5)) for line in lines]
+
+
+def test_a_second_run_reuses_everything_and_starts_no_ray(digits):
+    code = (
+        "import sys; sys.argv = ['heliograph', 'run', sys.argv[1]]\n"
+        "from heliograph.cli import main; main()\n"
+        "assert not {'ray', 'tensorflow'} & set(sys.modules), 'Ray or TensorFlow was loaded'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(digits)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(stages(digits).values())
+
+
+def test_the_report_is_one_page_that_needs_no_network(digits):
+    page = (digits / "runs" / "default" / "report.html").read_text()
+    assert "Test accuracy" in page
+    assert page.count("<svg") == 2
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.timeout(600)
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, command):
+    folder = iris_project(tmp_path / "iris", epochs=40)
+    run = folder / "runs" / "default"
+    log = run / "run.log"
+
+    def starts(stage: str) -> int:
+        return log.read_text().count(f"{stage}: starts") if log.exists() else 0
+
+    def kill_in(stage: str) -> None:
+        before = starts(stage)
+        started = command("run", folder)
+        started.wait_for(lambda: starts(stage) > before, f"the start of {stage}")
+        if stage == "train":
+            work = run / ".work"
+            started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
+        assert not (run / stage).exists()
+        started.kill()
+
+    for stage in ("prepare", "train", "evaluate", "bundle", "predict"):
+        kill_in(stage)
+    code, output = command("run", folder).finish()
+    assert code == 0, output
+    assert stages(folder) == {"prepare": True, "train": True, "evaluate": True, "bundle": True, "predict": False}
+    assert starts("prepare") == 2
+    assert starts("train") == 2
+    assert "going on after epoch" in log.read_text()
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 41))
+    assert list((run / ".work").iterdir()) == []
+
+    (folder / "heliograph.yaml").write_text((folder / "heliograph.yaml").read_text().replace("epochs: 40", "epochs: 3"))
+    code, output = command("run", folder).finish()
+    assert code == 0, output
+    assert stages(folder) == {"prepare": True, "train": False, "evaluate": False, "bundle": False, "predict": False}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code):
+    folder = iris_project(tmp_path / "iris", epochs=100_000)
+    started: Command = command("run", folder)
+    work = folder / "runs" / "default" / ".work"
+    started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
+    assert len(started.left_behind()) == 1
+    ended, output = started.end(number)
+    assert ended == code, output
+    assert "the same command goes on from here" in output
+    assert "Traceback" not in output
+    assert started.left_running() == []
+    assert started.left_behind() == []
+    assert list(work.glob("train-*/checkpoints/epoch-*")), "the checkpoint must survive"
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, command):
+    from heliograph.cluster.storage import exclusive
+
+    folder = iris_project(tmp_path / "iris")
+    with exclusive(folder / "runs" / "default"):
+        code, output = command("run", folder).finish()
+    assert code == 2
+    assert output.strip().endswith("wait for it or name another --run")
+    assert str(os.getpid()) in output
