@@ -198,7 +198,8 @@ def _number_array(value: Any, feature: Feature, row: int) -> np.ndarray:
     if not _only_numbers(value, len(feature.shape)):
         raise RequestError(f"row {row}: `{feature.name}` must hold finite numbers in the shape {list(feature.shape)}")
     try:
-        array = np.asarray(value, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, dtype=np.float32)
     except (ValueError, OverflowError):
         raise RequestError(f"row {row}: `{feature.name}` is ragged; its shape is {list(feature.shape)}") from None
     if array.shape != feature.shape:

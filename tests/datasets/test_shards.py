@@ -1,0 +1,115 @@
+"""Splits that only the rows decide, shards that differ by a row at most, and bytes that nobody else can read."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heliograph.cluster.keys import DATA_KEY, KeyStore
+from heliograph.datasets import shards
+from heliograph.datasets.shards import TARGET
+from heliograph.errors import DataError, KeyStoreError
+from heliograph.project import Split
+
+
+def rows(count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {"b": draw.normal(size=(count, 2, 2)).astype("f4"), "a": draw.normal(size=count).astype("f4")}, np.arange(count)
+
+
+@given(st.permutations(range(20)), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_a_rows_hash_depends_on_its_content_and_the_seed_alone(order, seed):
+    features, target = rows(20)
+    whole = shards.row_hashes(features, target, seed)
+    moved = shards.row_hashes({n: v[order] for n, v in reversed(features.items())}, target[order], seed)
+    assert np.array_equal(whole[order], moved)
+    one = shards.row_hashes({n: v[3:4] for n, v in features.items()}, target[3:4], seed)
+    assert one[0] == whole[3]
+    assert not np.array_equal(whole, shards.row_hashes(features, target, seed + 1))
+
+
+def test_equal_rows_have_equal_hashes_and_any_other_row_another():
+    features, target = rows(2)
+    zero = shards.row_hashes({**features, "a": np.array([0.0, -0.0], "f4")}, target, 0)
+    same = shards.row_hashes({n: v[[0, 0]] for n, v in features.items()}, target[[0, 0]], 0)
+    assert same[0] == same[1]
+    assert zero[0] != zero[1]
+    assert (zero >= 0).all()
+
+
+def test_splits_have_their_shares():
+    features, target = rows(20_000)
+    hashes = shards.row_hashes(features, target, 7)
+    bounds = shards.split_bounds(Split(validation=0.2, test=0.1))
+    assert [name for name, _ in bounds] == ["test", "validation", "train"]
+    counts = np.diff(np.searchsorted(np.sort(hashes), [0, *(end for _, end in bounds)])) / 20_000
+    assert counts == pytest.approx([0.1, 0.2, 0.7], abs=0.01)
+
+
+@given(st.integers(0, 1000), st.integers(1, 50))
+def test_shards_differ_by_one_row_at_most_and_the_longer_come_first(count, pieces):
+    lengths = shards.shard_lengths(count, pieces)
+    assert sum(lengths) == count
+    assert sorted(lengths, reverse=True) == lengths
+    assert lengths[0] - lengths[-1] <= 1
+
+
+@pytest.fixture
+def keys(tmp_path) -> KeyStore:
+    store = KeyStore(tmp_path / "keys")
+    store.secret(DATA_KEY, create=True)
+    return store
+
+
+@pytest.fixture
+def columns() -> dict[str, np.ndarray]:
+    features, target = rows(100)
+    return {**features, TARGET: target}
+
+
+def test_a_shard_comes_back_as_it_was_written(tmp_path, keys, columns):
+    file = tmp_path / "a.parquet"
+    written = shards.write_shard(file, columns, 16, keys)
+    with shards.open_shard(file, keys) as shard:
+        back = shards.read_rows(shard, file)
+        group = shards.read_rows(shard, file, [2])
+    assert written.rows == 100
+    for name, values in columns.items():
+        assert np.array_equal(back[name], values)
+        assert np.array_equal(group[name], values[32:48])
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_sealed_shard_shows_neither_values_nor_column_names(tmp_path, keys, columns):
+    columns = {"diagnosis": np.full(100, 1234.5, "f4"), TARGET: columns[TARGET]}
+    shards.write_shard(tmp_path / "sealed", columns, 16, keys)
+    shards.write_shard(tmp_path / "clear", columns, 16, None)
+    sealed, clear = (tmp_path / "sealed").read_bytes(), (tmp_path / "clear").read_bytes()
+    needles = [b"diagnosis", TARGET.encode(), np.float32(1234.5).tobytes()]
+    assert all(needle in clear for needle in needles)
+    assert not any(needle in sealed for needle in needles)
+
+
+def test_another_key_no_key_and_a_changed_byte_are_refused(tmp_path, keys, columns):
+    file = tmp_path / "a.parquet"
+    shards.write_shard(file, columns, 16, keys)
+    other = KeyStore(tmp_path / "other")
+    with pytest.raises(KeyStoreError, match="no such key"):
+        shards.open_shard(file, other)
+    other.secret(DATA_KEY, create=True)
+    with pytest.raises(KeyStoreError, match="is not the one that encrypted"):
+        shards.open_shard(file, KeyStore(tmp_path / "other"))
+    with pytest.raises(DataError, match="damaged or sealed"):
+        shards.open_shard(file, None)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged"), shards.open_shard(file, keys) as shard:
+        shards.read_rows(shard, file)
+
+
+def test_a_key_that_others_may_read_is_refused(keys):
+    (keys.folder / f"{DATA_KEY}.key").chmod(0o644)
+    with pytest.raises(KeyStoreError, match="chmod 600"):
+        keys.secret(DATA_KEY)
