@@ -162,7 +162,7 @@ table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8883 }}
 td {{ font-variant-numeric: tabular-nums }}
 figure {{ margin: 1rem 0; overflow-x: auto }}
-svg {{ max-width: 100%; height: auto }}
+svg {{ max-width: 100%; height: auto; overflow: visible }}
 </style>
 <body>{body}</body></html>
 """

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from heliograph.datasets import shards
 from heliograph.datasets.ingest import Part, batches
 from heliograph.datasets.shards import TARGET, Manifest

@@ -1,13 +1,14 @@
 """Fitting in blocks equals fitting at once, and the state survives JSON."""
 
+import itertools
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from heliograph.datasets.preprocess import Preprocessing, fit, moments
 from heliograph.datasets.schema import Feature, Schema
 from heliograph.project import Step
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SCHEMA = Schema(
     task="regression",
@@ -30,7 +31,7 @@ def some(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
 def test_fitting_in_blocks_equals_fitting_at_once(cuts, kind):
     features = some(100)
     edges = [0, *sorted(set(cuts)), 100]
-    blocks = [{n: v[a:b] for n, v in features.items()} for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [{n: v[a:b] for n, v in features.items()} for a, b in itertools.pairwise(edges)]
     steps = [Step(step=kind)]
     whole = fit(steps, [moments(features)], SCHEMA)
     pieces = fit(steps, map(moments, blocks), SCHEMA)

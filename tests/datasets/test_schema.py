@@ -3,15 +3,12 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-
 from heliograph.datasets.schema import Feature, Schema, arrays, infer, parse_instances
 from heliograph.errors import DataError, RequestError
 from heliograph.project import Data
 
 IMAGE = Schema(task="classification", target="y", classes=(0, 1), features=(Feature(name="image", shape=(2, 2)),))
-TABLE = Schema(
-    task="regression", target="y", features=(Feature(name="age", shape=()), Feature(name="curve", shape=(3,)))
-)
+TABLE = Schema(task="regression", target="y", features=(Feature(name="age", shape=()), Feature(name="curve", shape=(3,))))
 
 
 def test_inputs_are_one_vector_of_numbers_and_a_tensor_each():

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from heliograph.cluster.keys import DATA_KEY, KeyStore
 from heliograph.datasets import shards
 from heliograph.datasets.shards import TARGET
 from heliograph.errors import DataError, KeyStoreError
 from heliograph.project import Split
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def rows(count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -5,7 +5,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-
 from heliograph.datasets.sources import infer_schema, open_source
 from heliograph.errors import DataError
 from heliograph.project import Data

@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-
 from heliograph.cluster.keys import KeyStore
 from heliograph.errors import BundleError, SignatureError
 from heliograph.jobs import bundle

@@ -5,7 +5,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-
 from heliograph.cluster.runtime import explained
 from heliograph.datasets import shards
 from heliograph.datasets.preprocess import Preprocessing
@@ -90,7 +89,7 @@ def test_an_empty_split_is_one_line_and_leaves_no_manifest(cluster, tmp_path, si
 
 def test_an_empty_cell_is_said_with_its_column_from_inside_the_cluster(cluster, tmp_path, silent):
     (tmp_path / "holes.csv").write_text("a,y\n" + "\n".join(f"{i},{'uv'[i % 2]}" for i in range(99)) + "\n,u\n")
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         prepare(Data(source="holes.csv", target="y"), tmp_path, None, tmp_path, silent)
     mistake = explained(caught.value)
     assert isinstance(mistake, DataError)

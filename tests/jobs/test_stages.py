@@ -1,12 +1,11 @@
 """Done once, reused while the fingerprint holds, and whole or not there at every moment."""
 
 import pytest
-from rich.console import Console
-
 from heliograph.cluster.runtime import LocalCluster
 from heliograph.cluster.storage import read_json, write_json
 from heliograph.jobs.display import Display
 from heliograph.jobs.stages import Run, Stage
+from rich.console import Console
 
 
 class NoCluster(LocalCluster):
@@ -29,8 +28,11 @@ class Steps:
     def execute(self, run: Run, first: object = 1, second: object = 1) -> list[str]:
         self.worked = []
         run.execute(Stage("first", (), first, lambda folder: self._work("first", folder, str(first))))
-        run.execute(Stage("second", ("first",), second, lambda folder: self._work("second", folder, (run["first"] / "out").read_text())))
+        run.execute(Stage("second", ("first",), second, lambda folder: self._copy(run["first"] / "out", folder)))
         return self.worked
+
+    def _copy(self, source, folder) -> None:
+        self._work("second", folder, source.read_text())
 
     def _work(self, name: str, folder, text: str) -> None:
         self.worked.append(name)

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-
 from heliograph.cluster.keys import DATA_KEY, KeyStore
 from heliograph.jobs.prepare import prepare
 from heliograph.jobs.train import Job, train

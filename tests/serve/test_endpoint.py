@@ -1,0 +1,242 @@
+"""The digits bundle behind real HTTP: what it answers, what it refuses, and what somebody in between sees."""
+
+import base64
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from heliograph import Client
+from heliograph.cluster.keys import KeyStore
+from heliograph.cluster.runtime import free_port
+from heliograph.errors import PortInUse, RequestError, SignatureError
+from heliograph.jobs.engine import Engine
+from heliograph.project import Serve
+from heliograph.serve import bhttp, ohttp
+from heliograph.serve.endpoint import Endpoint, check_port, open_application, serving
+
+PREDICT = "/v1/models/digits:predict"
+
+
+@pytest.fixture(scope="module")
+def endpoint(digits) -> Endpoint:
+    run = digits / "runs" / "default"
+    return Endpoint("digits", run / "bundle", KeyStore(run / "keys"), Serve(port=free_port()))
+
+
+@pytest.fixture(scope="module")
+def url(endpoint, cluster) -> Iterator[str]:
+    with serving(endpoint, cluster) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    from sklearn import datasets
+
+    return datasets.load_digits().images[:5]
+
+
+def test_sealed_and_plain_answers_equal_the_local_model(url, endpoint, images):
+    own = Engine(endpoint.bundle / "model.onnx", endpoint.bundle).predict({"image": images.astype("f4")})
+    for encrypt in (True, False):
+        with Client(url, "digits", encrypt=encrypt, trust=endpoint.keys.public_key()) as client:
+            assert np.abs(np.asarray(client.predict(images)) - own).max() <= 1e-5
+            assert np.abs(np.asarray(client.predict([{"image": images[0]}])) - own[:1]).max() <= 1e-5
+
+
+def test_the_paths_of_tensorflow_serving_answer(url):
+    status = httpx.get(f"{url}/v1/models/digits").json()
+    assert status["model_version_status"][0]["state"] == "AVAILABLE"
+    assert httpx.get(f"{url}/v1/models/digits/metadata").json()["metadata"]["schema"]["classes"] == list(range(10))
+    assert httpx.get(f"{url}/v1/models/other").status_code == 404
+    assert httpx.get(f"{url}{PREDICT}").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "the body is not JSON"),
+        (b"{", "the body is not JSON"),
+        (b"[1]", "the body must be an object"),
+        (b"[" * 100_000, "the body is not JSON"),
+        (b'{"instances": [' + b"[" * 900 + b"]" * 900 + b"]}", "row 0: `image` must hold finite numbers"),
+        (b'{"instances": []}', "at least one row"),
+        (b'{"instances": [[[1, 2]]]}', "row 0: `image` has the shape [1, 2]; its shape is [8, 8]"),
+        (b'{"instances": [{"image": "4111-1111"}]}', "row 0: `image` must hold finite numbers"),
+        (b'{"instances": [[[NaN]]]}', "the body is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_wrong_body_is_refused_with_400_and_a_reason_that_leaks_nothing(url, body, reason, sealed):
+    if sealed:
+        (config,) = ohttp.decode_configs(httpx.get(f"{url}/v1/models/digits/ohttp-keys").content)
+        message = bhttp.encode_request(bhttp.Request(b"POST", b"http", b"x", PREDICT.encode(), [], body))
+        capsule, open_answer = ohttp.seal_request(message, config)
+        outer = httpx.post(f"{url}{PREDICT}", content=capsule, headers={"content-type": ohttp.REQUEST_TYPE})
+        assert outer.status_code == 200
+        inner = bhttp.decode_response(open_answer(outer.content))
+        status, content = inner.status, inner.content
+    else:
+        answer = httpx.post(f"{url}{PREDICT}", content=body)
+        status, content = answer.status_code, answer.content
+    assert status == 400
+    assert reason in json.loads(content)["error"]
+    assert b"4111" not in content
+
+
+def test_what_cannot_be_opened_gets_one_answer_whatever_the_cause(url):
+    (config,) = ohttp.decode_configs(httpx.get(f"{url}/v1/models/digits/ohttp-keys").content)
+    capsule, _ = ohttp.seal_request(b"x" * 100, config)
+    stranger, _ = ohttp.seal_request(b"x" * 100, ohttp.KeyConfig(1, ohttp.public_key(bytes(range(32)))))
+    wrong_id = bytes([9]) + capsule[1:]
+    answers = set()
+    for body in (capsule[:-1], capsule[:50], b"", capsule[:-1] + b"\0", stranger, wrong_id):
+        answer = httpx.post(f"{url}{PREDICT}", content=body, headers={"content-type": ohttp.REQUEST_TYPE})
+        answers.add((answer.status_code, answer.headers["content-type"], answer.content))
+    ((status, kind, content),) = answers
+    assert status == 400
+    assert kind == "application/problem+json"
+    assert json.loads(content)["type"] == "https://iana.org/assignments/http-problem-types#ohttp-key"
+
+
+def test_a_request_inside_a_capsule_for_another_path_is_refused_inside(url):
+    (config,) = ohttp.decode_configs(httpx.get(f"{url}/v1/models/digits/ohttp-keys").content)
+    message = bhttp.encode_request(bhttp.Request(b"POST", b"http", b"x", b"/v1/models/other:predict", [], b"{}"))
+    capsule, open_answer = ohttp.seal_request(message, config)
+    outer = httpx.post(f"{url}{PREDICT}", content=capsule, headers={"content-type": ohttp.REQUEST_TYPE})
+    assert bhttp.decode_response(open_answer(outer.content)).status == 404
+
+
+def test_a_body_that_is_too_large_is_refused_with_413(url):
+    parts = url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(parts[0], int(parts[1]), timeout=30)
+    connection.request("POST", PREDICT, body=b" " * (17 << 20))
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert b"larger than 16 MiB" in answer.read()
+    connection.close()
+
+
+def test_the_client_says_why_it_was_refused(url):
+    with Client(url, "digits") as client, pytest.raises(RequestError, match="`image` has the shape") as caught:
+        client.predict([[1, 2]])
+    assert caught.value.status == 400
+    with Client(url, "nothing") as client, pytest.raises(RequestError, match="no such path") as caught:
+        client.predict([[1, 2]])
+    assert caught.value.status == 404
+
+
+def test_keys_that_another_operator_signed_are_not_used(url, tmp_path, images):
+    stranger = KeyStore(tmp_path / "stranger")
+    stranger.signing_key()
+    with Client(url, "digits", trust=stranger.public_key()) as client, pytest.raises(SignatureError, match="is not signed by"):
+        client.predict(images)
+
+
+def test_a_key_configuration_is_bound_to_the_models_name(endpoint):
+    from heliograph.serve.client import check_signature
+
+    application = open_application(endpoint)
+    check_signature(endpoint.keys.public_key(), "digits", application.key_configs, application.key_signature)
+    with pytest.raises(SignatureError):
+        check_signature(endpoint.keys.public_key(), "other", application.key_configs, application.key_signature)
+
+
+def test_a_model_that_requires_sealed_requests_refuses_others(endpoint, images):
+    from dataclasses import replace
+
+    application = open_application(replace(endpoint, options=Serve(encrypted="required")))
+    answer = application.answer("POST", PREDICT, "application/json", b'{"instances": []}')
+    assert answer.status == 403
+    assert b"encapsulated requests only" in answer.body
+
+
+class Recorder:
+    """A proxy between client and endpoint that keeps every byte of both directions."""
+
+    def __init__(self, port: int):
+        self.target, self.seen = port, bytearray()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.server.accept()
+            except OSError:
+                return
+            upstream = socket.create_connection(("127.0.0.1", self.target))
+            for source, sink in ((client, upstream), (upstream, client)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        while data := source.recv(65536):
+            self.seen += data
+            sink.sendall(data)
+
+
+def encodings(numbers: np.ndarray) -> list[bytes]:
+    """The ways in which a client could have sent these numbers: text of several forms, binary of several types, base64."""
+    listed = numbers.tolist()
+    flat = numbers.ravel()
+    texts = [json.dumps(listed), json.dumps(listed, separators=(",", ":")), " ".join(map(str, flat)), ",".join(map(str, flat))]
+    texts += [",".join(f"{x:g}" for x in flat), " ".join(f"{x:g}" for x in flat)]
+    binary = [flat.astype(kind).tobytes() for kind in ("<f4", ">f4", "<f8", ">f8", "<i4", "<i8", "u1", "<f2")]
+    plain = [t.encode() for t in texts] + binary
+    # Base64 hides where in three bytes a value starts: cut to the part that is the same for every start.
+    return plain + [base64.b64encode(p[start : start + len(p) // 3 * 3 - 3]) for p in plain for start in range(3)]
+
+
+@pytest.mark.parametrize("encrypt", [True, False])
+def test_somebody_in_between_sees_neither_input_nor_answer(url, images, encrypt):
+    recorder = Recorder(int(url.rsplit(":", 1)[1]))
+    secret = np.round(images[0] + np.arange(64).reshape(8, 8) / 64, 3)
+    with Client(recorder.url, "digits", encrypt=encrypt) as client:
+        answer = np.asarray(client.predict([secret])[0])
+    recorder.server.close()
+    time.sleep(0.1)
+    seen = bytes(recorder.seen)
+    assert PREDICT.encode() in seen
+    rows = [secret[i] for i in range(8)]
+    inputs = [needle for row in rows for needle in encodings(row)]
+    answers = encodings(answer) + [repr(float(p)).encode() for p in answer if p > 1e-3]
+    found_input = any(needle in seen for needle in inputs)
+    found_answer = any(needle in seen for needle in answers)
+    # The same search finds both in a request that is not sealed: it can fail.
+    assert (found_input, found_answer) == (not encrypt, not encrypt)
+    assert (b"instances" in seen) == (not encrypt)
+    assert (b"predictions" in seen) == (not encrypt)
+
+
+def test_everything_listens_on_loopback_only(url):
+    addresses = set()
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        addresses |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert addresses == {"127.0.0.1"}
+
+
+def test_a_port_in_use_is_refused(endpoint, url):
+    with pytest.raises(PortInUse, match="is in use"):
+        check_port(endpoint.options)
+
+
+def test_a_bundle_with_a_changed_byte_is_not_served(endpoint, cluster, tmp_path):
+    import shutil
+    from dataclasses import replace
+
+    changed = tmp_path / "bundle"
+    shutil.copytree(endpoint.bundle, changed)
+    content = bytearray((changed / "model.onnx").read_bytes())
+    content[1000] ^= 1
+    (changed / "model.onnx").write_bytes(content)
+    damaged = replace(endpoint, bundle=changed, options=Serve(port=free_port()))
+    with pytest.raises(SignatureError, match="was changed"), serving(damaged, cluster):
+        pass
