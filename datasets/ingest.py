@@ -8,7 +8,7 @@ on does not depend on `W`: two workers make the batches that one makes, each its
 Shuffling: a shard's row groups are drawn in an order of their own, and the rows inside each, by (seed, epoch, shard).
 
 Ray Data reads: one task per window (a row group of each of the worker's shards) decrypts, shuffles and interleaves, and
-hands over one Arrow block in the order of consumption; the worker takes zero-copy views of it. One dataset spans all
+hands over one Arrow block in the order of consumption; the worker takes zero-copy views of it. A dataset spans many
 epochs, so reading ahead goes on over their borders. This is the block-level path that was measured at 8–10 times
 Ray's `to_tf`.
 """
@@ -104,24 +104,13 @@ class Part:
 
 Batch = tuple[dict[str, np.ndarray], np.ndarray, np.float32]
 """(inputs `[rows, …]` by name, targets `[rows]`, rows of the whole step over all workers)."""
+TASKS_OF_A_DATASET = 256
+"""Ray Data plans every task before the first one runs, which takes minutes for a hundred thousand."""
 
 
 def batches(part: Part, epochs: range) -> Iterator[Batch]:
     """This worker's batches, step by step, for all of `epochs` in turn."""
-    import ray.data
-
-    windows = part.windows
-    tasks = windows * len(epochs)
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    read: Any = functools.partial(_read, part=part, windows=windows, first=epochs.start)
-    blocks: Any = (
-        ray.data.range(tasks, override_num_blocks=tasks)
-        .map_batches(read, batch_format="numpy", batch_size=None)
-        .iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    )
-    views = ({n: to_numpy(block.column(n)) for n in block.column_names} for block in blocks if len(block))
+    views = _views(part, epochs)
     sizes = part.step_sizes()
     held: list[dict[str, np.ndarray]] = []
     for _ in epochs:
@@ -148,7 +137,25 @@ def _take(held: list[dict[str, np.ndarray]], rows: int) -> tuple[dict[str, np.nd
     return {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}, held
 
 
-def _read(batch: dict[str, np.ndarray], part: Part, windows: int, first: int) -> pa.Table:
-    epoch, window = divmod(int(batch["id"][0]), windows)
-    columns = part.read_window(window, first + epoch)
+def _views(part: Part, epochs: range) -> Iterator[dict[str, np.ndarray]]:
+    """Columns of this worker's windows, for all of `epochs` in turn, as views of what Ray Data read."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    tasks = part.windows * len(epochs)
+    for first in range(0, tasks, TASKS_OF_A_DATASET):
+        count = min(TASKS_OF_A_DATASET, tasks - first)
+        read: Any = functools.partial(_read, part=part, first=epochs.start * part.windows + first)
+        dataset = ray.data.range(count, override_num_blocks=count).map_batches(read, batch_format="numpy", batch_size=None)
+        blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for block in blocks:
+            if len(block):
+                yield {name: to_numpy(block.column(name)) for name in block.column_names}
+
+
+def _read(batch: dict[str, np.ndarray], part: Part, first: int) -> pa.Table:
+    epoch, window = divmod(first + int(batch["id"][0]), part.windows)
+    columns = part.read_window(window, epoch)
     return pa.table({name: tensor_column(values) for name, values in columns.items()})

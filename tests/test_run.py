@@ -54,13 +54,14 @@ def test_the_sealed_answer_equals_the_keras_model(digits, report):
 
 def test_metrics_have_a_line_an_epoch_and_tensorboard_the_same(digits):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     trained = digits / "runs" / "default" / "train"
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, 13))
     events = EventAccumulator(str(trained / "tensorboard"))
     events.Reload()
-    found = [(e.step, round(float(e.tensor_proto.float_val[0]), 5)) for e in events.Tensors("loss")]
+    found = [(e.step, round(float(make_ndarray(e.tensor_proto)), 5)) for e in events.Tensors("loss")]
     assert found == [(line["step"], round(line["loss"], 5)) for line in lines]
 
 
