@@ -162,6 +162,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def keep_on_loopback() -> None:
+    """Tie what this process listens on at every interface to the loopback device.
+
+    For TensorFlow's collective service, which has no setting for its address and does what any caller asks. The sockets
+    are ours, so the kernel lets us (Linux 5.7, or root before).
+    """
+    for connection in psutil.Process().net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("0.0.0.0", "::"):
+            with socket.socket(fileno=os.dup(connection.fd)) as listening:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+
+
 def sweep() -> None:
     """Remove temporary folders of heliographs that were killed before they could."""
     for folder in TEMP.glob(f"{PREFIX}*-*"):

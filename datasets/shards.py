@@ -47,6 +47,8 @@ class Manifest(BaseModel):
     splits: dict[str, list[Shard]]
     window: int
     """Rows of a row group: the unit that is read and shuffled in memory."""
+    row_bytes: int
+    """Of a row in memory."""
     encrypted: bool
 
     def rows(self, split: SplitName) -> int:

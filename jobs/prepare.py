@@ -88,7 +88,7 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
         update(f"writing shards, {start:,} rows", i + 1, len(refs))
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
-    Manifest(splits=done, window=window, encrypted=keys is not None).write(folder)
+    Manifest(splits=done, window=window, row_bytes=bytes_per_row, encrypted=keys is not None).write(folder)
 
 
 def _check_rows(table: pa.Table, schema: Schema, seed: int) -> pa.Table:

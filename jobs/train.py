@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..cluster.keys import KeyStore
+from ..cluster.runtime import LOOPBACK, keep_on_loopback
 from ..cluster.storage import publish_folder, read_json, write_bytes, write_json
 from ..datasets.ingest import Part, batches
 from ..datasets.schema import Schema
@@ -193,7 +194,10 @@ def _multi_worker() -> Any:
     from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
     CollectiveAllReduceExtended._check_health_interval = 1
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    if all(address.startswith(LOOPBACK) for address in json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"]):
+        keep_on_loopback()
+    return strategy
 
 
 def _meters(schema: Schema) -> list[Any]:

@@ -16,7 +16,7 @@ def prepared(folder, rows: int, pieces: int, window: int) -> Manifest:
         numbers = np.arange(starts[i], starts[i] + length)
         columns = {"x": numbers.astype("f4")[:, None], TARGET: numbers}
         written.append(shards.write_shard(folder / f"{i}.parquet", columns, window, None))
-    return Manifest(splits={"train": written}, window=window, encrypted=False)
+    return Manifest(splits={"train": written}, window=window, row_bytes=12, encrypted=False)
 
 
 def steps(folder, manifest: Manifest, workers: int, batch_size: int, epoch: int, seed: int | None = 0) -> list[list[np.ndarray]]:
