@@ -138,13 +138,14 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> No
     from .cluster.runtime import LocalCluster
     from .errors import RunError
     from .jobs.run import key_store
-    from .serve.endpoint import Endpoint, serving
+    from .serve.endpoint import Endpoint, start
 
     held = _run_folder(folder, run)
     if not (held / "bundle").is_dir():
         raise RunError(f"{held}: has no bundle yet: run `heliograph run {folder}` first")
     endpoint = Endpoint(loaded.name, held / "bundle", key_store(loaded, folder.resolve(), held), loaded.serve)
-    with LocalCluster(loaded.serve.replicas, logs=held / "ray-logs") as cluster, serving(endpoint, cluster) as url:
+    with LocalCluster(loaded.serve.replicas, logs=held / "ray-logs") as cluster:
+        url = start(endpoint, cluster)
         typer.echo(f"serving {url}/v1/models/{loaded.name}:predict (Ctrl-C ends it)")
         typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {endpoint.keys.public_key()}")
         signal.pause()

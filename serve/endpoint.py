@@ -8,8 +8,6 @@ reads the private key itself, so neither travels through Ray.
 import base64
 import importlib
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +59,8 @@ def hpke_key(name: str) -> str:
     return f"{name}-hpke-{KEY_ID}"
 
 
-@contextmanager
-def serving(endpoint: Endpoint, cluster: LocalCluster) -> Iterator[str]:
-    """Serve until the block ends; gives the URL. Raises PortInUse, and what `open_application` raises, before Ray starts."""
+def start(endpoint: Endpoint, cluster: LocalCluster) -> str:
+    """Serve until the cluster stops; returns the URL. Raises PortInUse, and what `open_application` raises, before Ray starts."""
     check_port(endpoint.options)
     endpoint.keys.secret(hpke_key(endpoint.name), create=True)
     open_application(endpoint)
@@ -82,7 +79,7 @@ def serving(endpoint: Endpoint, cluster: LocalCluster) -> Iterator[str]:
         logging_config={"enable_access_log": False, "log_level": "ERROR"},
     )
     serve.run(replica.bind(endpoint), name=endpoint.name, route_prefix="/")
-    yield endpoint.url
+    return endpoint.url
 
 
 def check_port(options: Serve) -> None:

@@ -16,7 +16,7 @@ from ..jobs.run import key_store
 from ..jobs.stages import Run, Stage
 from ..project import Project
 from .client import Client
-from .endpoint import Endpoint, check_port, serving
+from .endpoint import Endpoint, check_port, start
 
 
 def execute(project: Project, base: Path, run: Run) -> None:
@@ -27,7 +27,7 @@ def execute(project: Project, base: Path, run: Run) -> None:
     def work(folder: Path) -> None:
         run.display.update(f"starting the endpoint on {endpoint.url}")
         row, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
-        with serving(endpoint, run.cluster) as url, Client(url, project.name, trust=keys.public_key()) as client:
+        with Client(start(endpoint, run.cluster), project.name, trust=keys.public_key()) as client:
             run.display.update("sending one sealed request")
             started = time.monotonic()
             answer = np.asarray(client.predict([{name: values[0] for name, values in row.items()}])[0])
