@@ -87,7 +87,7 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     loss: str | None = None
     """A Keras loss (default: sparse categorical cross-entropy, or mean squared error for regression)."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Serve(Section):

@@ -5,8 +5,9 @@ and leaves nothing behind: processes are ended by their pids and the temporary f
 and Ctrl-C alike. (After SIGKILL the kernel ends the processes with their parent; the folder is swept by the next start.)
 
 Ray on Linux binds every interface unless it believes that it cannot form clusters, which is what
-RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 tells it. Ray reads that variable and the kind of authentication when it is imported,
-and keeps the first token that it used: so both are set here, at import, and a process has one token.
+RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 tells it. And under `uv run` Ray ships the working directory, whatever it is, to every
+worker, and starts them through uv, unless RAY_ENABLE_UV_RUN_RUNTIME_ENV=0. Ray reads these and the kind of authentication
+when it is imported, and keeps the first token that it used: so they are set here, at import, and a process has one token.
 """
 
 import contextlib
@@ -34,8 +35,12 @@ TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path(
 that a Unix socket's path may have."""
 LOOPBACK = "127.0.0.1"
 TOKEN = secrets.token_hex(32)
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+READ_AT_IMPORT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_AUTH_MODE": "token",
+}
+os.environ.update(READ_AT_IMPORT)
 log = logging.getLogger("heliograph")
 
 
@@ -116,10 +121,10 @@ def _environment(temp: Path) -> dict[str, str]:
     launcher = temp / "haproxy"
     haproxy.write_launcher(launcher)
     return {
-        "RAY_AUTH_MODE": "token",
+        **READ_AT_IMPORT,
         "RAY_AUTH_TOKEN": TOKEN,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TMPDIR": str(temp),
+        "TMPDIR": str(temp),  # TensorFlow leaves a file there for each function that it compiles
+        "ORT_DISABLE_TELEMETRY": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

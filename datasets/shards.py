@@ -12,6 +12,7 @@ is read by Spark and DuckDB too. Its data keys are wrapped by the key store.
 import base64
 import functools
 import hashlib
+import itertools
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +75,16 @@ def row_hashes(features: dict[str, np.ndarray], target: np.ndarray, seed: int) -
     return (np.frombuffer(digests, ">u8") >> np.uint64(1)).astype(np.int64)
 
 
-def split_bounds(split: Split) -> list[tuple[SplitName, int]]:
-    """Splits in the order of their hashes, each with the hash that it ends before."""
-    test = int(split.test * 2**63)
-    return [("test", test), ("validation", test + int(split.validation * 2**63)), ("train", 2**63 - 1)]
+def split_ranges(split: Split) -> list[tuple[SplitName, float, int, int]]:
+    """(split, share, first hash, hash that it ends before), in the order of the hashes."""
+    shares: list[tuple[SplitName, float]] = [("test", split.test), ("validation", split.validation)]
+    shares.append(("train", 1 - split.test - split.validation))
+    edges = [int(edge * 2**63) for edge in itertools.accumulate((share for _, share in shares[:2]), initial=0.0)] + [2**63]
+    return [(name, share, a, b) for (name, share), (a, b) in zip(shares, itertools.pairwise(edges), strict=True)]
+
+
+def first_train_hash(split: Split) -> int:
+    return split_ranges(split)[-1][2]
 
 
 def shard_lengths(rows: int, shards: int) -> list[int]:
@@ -112,10 +119,6 @@ def read_rows(shard: pq.ParquetFile, file: Path, groups: list[int] | None = None
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from None
     return {name: schemas.to_numpy(table.column(name)) for name in table.column_names}
-
-
-def raw_columns(features: dict[str, np.ndarray], target: np.ndarray) -> dict[str, np.ndarray]:
-    return {**features, TARGET: target}
 
 
 def to_features(columns: dict[str, np.ndarray], schema: Schema) -> dict[str, np.ndarray]:
@@ -157,10 +160,6 @@ def _crypto(folder: Path) -> Any:
             return base64.b64encode(self.store.wrap(master_key_identifier, key_bytes)).decode()
 
         def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
-            return self.store.unwrap(_text(master_key_identifier), base64.b64decode(wrapped_key))
+            return self.store.unwrap(master_key_identifier, base64.b64decode(wrapped_key))
 
     return pe.CryptoFactory(lambda _: Kms())
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

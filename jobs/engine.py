@@ -1,6 +1,9 @@
 """The engine: a trained model as ONNX Runtime runs it, from raw features to outputs.
 
 Evaluation and the endpoint use this same code, so a metric in the report is a metric of what answers.
+
+ONNX Runtime 1.29 and later report names, shapes and hashes of the models that they load to their maker unless
+ORT_DISABLE_TELEMETRY is set when they are imported: here it is, before that can happen.
 """
 
 import os
@@ -11,6 +14,8 @@ import numpy as np
 from ..cluster.storage import read_json
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Schema
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class Engine:

@@ -7,9 +7,11 @@ hold raw features, so evaluation goes through the same preprocessing that a requ
 """
 
 import functools
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -46,35 +48,18 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     columns = [f.name for f in schema.features] + [schema.target]
     checked = functools.partial(_check_rows, schema=schema, seed=data.split.seed)
     rows = source.dataset(columns).map_batches(checked, batch_format="pyarrow", batch_size=None).materialize()
-    bounds = shards.split_bounds(data.split)
+    hashes, targets = _collect(rows)
+    plan = _plan(hashes, data, source.where)
+    if schema.classes:
+        _check_classes(targets[np.searchsorted(hashes, shards.first_train_hash(data.split)) :], schema, source.where)
 
     update("fitting the preprocessing")
-    partial = rows.map_batches(functools.partial(_moments, schema=schema, bounds=bounds), batch_format="pyarrow", batch_size=None)
-    found = [Moments.model_validate_json(row["moments"]) for row in partial.take_all()]
-    names = [f.name for f in schema.features]
-    if not found:
-        raise DataError(f"{source.where}: no rows fell into the train split: {rows.count()} rows are too few for {data.split!r}")
-    blocks = [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
-    preprocessing = fit(data.preprocess, blocks, schema)
+    train = functools.partial(_moments, schema=schema, first_hash=shards.first_train_hash(data.split))
+    found = rows.map_batches(train, batch_format="pyarrow", batch_size=None).take_all()
+    preprocessing = fit(data.preprocess, [_unpack(row) for row in found], schema)
 
     update("sorting")
-    hashes, targets = _collect(rows)
-    cuts, plan, start = [], [], 0
-    for split, end in bounds:
-        count = int(np.searchsorted(hashes, end)) - start
-        if count == 0 and getattr(data.split, split, 1) > 0:
-            raise DataError(
-                f"{source.where}: the {split} split is empty: {len(hashes)} rows are too few, raise data.split.{split}"
-            )
-        if split == "train" and schema.classes:
-            _check_classes(targets[start:], schema, source.where)
-        lengths = [n for n in shards.shard_lengths(count, data.shards) if n]
-        for i, length in enumerate(lengths):
-            plan.append((split, f"{split}-{i:05d}.parquet", length))
-            start += length
-            cuts.append(start)
-
-    pieces = rows.sort(HASH).split_at_indices(cuts[:-1])
+    pieces = rows.sort(HASH).split_at_indices(list(itertools.accumulate(length for _, _, length in plan))[:-1])
     bytes_per_row = 4 * sum(int(np.prod(f.shape, dtype=int)) for f in schema.features) + 8
     window = shards.window_rows(bytes_per_row, max(length for _, _, length in plan))
     write = ray.remote(_write)
@@ -82,10 +67,10 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
         write.remote(folder / file, split, schema, preprocessing, window, keys, *piece.to_arrow_refs())
         for (split, file, _), piece in zip(plan, pieces, strict=True)
     ]
-    done: dict[str, list[Shard]] = {split: [] for split, _ in bounds}
+    done: dict[str, list[Shard]] = {split: [] for split in get_args(SplitName)}
     for i, ((split, _, _), ref) in enumerate(zip(plan, refs, strict=True)):
         done[split].append(ray.get(ref))
-        update(f"writing shards, {start:,} rows", i + 1, len(refs))
+        update(f"writing shards, {len(hashes):,} rows", i + 1, len(refs))
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
     Manifest(splits=done, window=window, row_bytes=bytes_per_row, encrypted=keys is not None).write(folder)
@@ -103,15 +88,30 @@ def _rows(table: pa.Table, schema: Schema) -> tuple[dict[str, np.ndarray], np.nd
     return features, to_numpy(table.column(TARGET))
 
 
-def _moments(table: pa.Table, schema: Schema, bounds: list[tuple[SplitName, int]]) -> pa.Table:
-    """The moments of a block's training rows, a row a feature (none where the block has no training row)."""
-    hashes = to_numpy(table.column(HASH))
-    before_train = bounds[-2][1]
-    train = hashes >= before_train
+def _moments(table: pa.Table, schema: Schema, first_hash: int) -> pa.Table:
+    """The moments of a block's training rows, as one row of JSON (none where the block has no training row)."""
+    train = to_numpy(table.column(HASH)) >= first_hash
     if not train.any():
         return pa.table({"moments": pa.array([], pa.string())})
     features, _ = _rows(table, schema)
-    return pa.table({"moments": [m.model_dump_json() for m in moments({n: v[train] for n, v in features.items()}).values()]})
+    found = moments({name: values[train] for name, values in features.items()})
+    return pa.table({"moments": [json.dumps({name: m.model_dump() for name, m in found.items()})]})
+
+
+def _unpack(row: dict[str, str]) -> dict[str, Moments]:
+    return {name: Moments(**values) for name, values in json.loads(row["moments"]).items()}
+
+
+def _plan(hashes: np.ndarray, data: Data, where: str) -> list[tuple[SplitName, str, int]]:
+    """The shards, in the order of the sorted rows: split, file, length. Raises DataError for a split without rows."""
+    plan = []
+    for split, share, first, end in shards.split_ranges(data.split):
+        count = int((hashes < end).sum() - (hashes < first).sum())
+        if share and not count:
+            raise DataError(f"{where}: the {split} split is empty: {share:.3g} of {len(hashes)} rows; give it a larger share")
+        lengths = shards.shard_lengths(count, data.shards)
+        plan += [(split, f"{split}-{i:05d}.parquet", length) for i, length in enumerate(lengths) if length]
+    return plan
 
 
 def _write(

@@ -16,6 +16,8 @@ import os
 import shutil
 import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +290,7 @@ class _State:
                 note = read_json(checkpoint / "state.json")
                 with np.load(checkpoint / "state.npz", allow_pickle=False) as file:
                     values = [file[f"arr_{i}"] for i in range(len(self.variables))]
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
                 continue
             if _digest(values) != note["sha256"]:
                 continue

@@ -34,8 +34,9 @@ def silent() -> Callable[..., None]:
 class Command:
     """A heliograph command in a process of its own, with all that it starts."""
 
-    def __init__(self, *arguments: str | Path):
+    def __init__(self, temp: Path, *arguments: str | Path):
         self.seen: set[psutil.Process] = set()
+        self.temp = temp
         self.process = subprocess.Popen(
             [sys.executable, "-m", "heliograph", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -43,6 +44,7 @@ class Command:
             text=True,
             start_new_session=True,
             cwd="/",
+            env=os.environ | {"TMPDIR": str(self.temp)},
         )
 
     def look(self) -> set[psutil.Process]:
@@ -94,16 +96,17 @@ class Command:
         return [" ".join(p.cmdline()) for p in psutil.wait_procs(self.seen, timeout=3)[1] if p.is_running()]
 
     def left_behind(self) -> list[Path]:
-        return list(Path("/tmp").glob(f"heliograph-{self.process.pid}-*"))
+        """What it has in temporary folders: those that it was told to use, and its own."""
+        return [*self.temp.iterdir(), *Path("/tmp").glob(f"heliograph-{self.process.pid}-*")]
 
 
 @pytest.fixture
-def command() -> Iterator[Callable[..., Command]]:
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
     """Start commands; whatever still runs when the test ends, however it ends, is ended by its pid."""
     started: list[Command] = []
 
     def start(*arguments: str | Path) -> Command:
-        started.append(Command(*arguments))
+        started.append(Command(tmp_path_factory.mktemp("temp"), *arguments))
         return started[-1]
 
     yield start
@@ -118,8 +121,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "digits"
     shutil.copytree(ROOT / "examples" / "digits", folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     set_port(folder, free_port())
-    code, output = Command("run", folder).finish()
+    running = Command(tmp_path_factory.mktemp("temp"), "run", folder)
+    code, output = running.finish()
     assert code == 0, output
+    assert running.left_running() == []
+    assert running.left_behind() == []
     print(output)
     return folder
 

@@ -126,7 +126,7 @@ def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code):
     started: Command = command("run", folder)
     work = folder / "runs" / "default" / ".work"
     started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
-    assert len(started.left_behind()) == 1
+    assert len(started.left_behind()) == 1, "its own folder, and nothing beside it"
     ended, output = started.end(number)
     assert ended == code, output
     assert "the same command goes on from here" in output

@@ -40,9 +40,11 @@ def test_equal_rows_have_equal_hashes_and_any_other_row_another():
 def test_splits_have_their_shares():
     features, target = rows(20_000)
     hashes = shards.row_hashes(features, target, 7)
-    bounds = shards.split_bounds(Split(validation=0.2, test=0.1))
-    assert [name for name, _ in bounds] == ["test", "validation", "train"]
-    counts = np.diff(np.searchsorted(np.sort(hashes), [0, *(end for _, end in bounds)])) / 20_000
+    ranges = shards.split_ranges(Split(validation=0.2, test=0.1))
+    assert [name for name, *_ in ranges] == ["test", "validation", "train"]
+    assert (ranges[0][2], ranges[-1][3]) == (0, 2**63)
+    counts = [((hashes >= first) & (hashes < end)).mean() for _, _, first, end in ranges]
+    assert sum(counts) == 1
     assert counts == pytest.approx([0.1, 0.2, 0.7], abs=0.01)
 
 

@@ -74,7 +74,7 @@ def test_order_format_and_file_layout_change_nothing(cluster, tmp_path, silent):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"split": Split(test=0.001)}, "the test split is empty: 300 rows are too few, raise data.split.test"),
+        ({"split": Split(test=0.001)}, "the test split is empty: 0.001 of 300 rows; give it a larger share"),
         ({"split": Split(validation=0.0001)}, "the validation split is empty"),
         ({"split": Split(validation=0.5, test=0.4999)}, "train split"),
     ],
