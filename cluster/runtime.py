@@ -13,6 +13,7 @@ when it is imported, and keeps the first token that it used: so they are set her
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -26,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from .. import errors
 from ..errors import HeliographError
 from . import haproxy
 
@@ -212,7 +214,11 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def explained(error: BaseException) -> HeliographError | None:
-    """The HeliographError that lies inside what Ray raised, if a worker raised one."""
+    """The HeliographError that lies inside what Ray raised, if a worker raised one.
+
+    Some of Ray's wrappers keep the error itself, some (Ray Data's) only its traceback as text; its last line is enough,
+    since our errors are made of one message.
+    """
     seen: list[BaseException] = [error]
     for current in seen:
         if isinstance(current, HeliographError):
@@ -220,7 +226,8 @@ def explained(error: BaseException) -> HeliographError | None:
         inner = [current.__cause__, current.__context__, getattr(current, "cause", None)]
         inner += getattr(current, "worker_failures", {}).values()
         seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
-    return None
+    said = re.findall(rf"^{errors.__name__}\.(\w+): (.+)$", str(error), re.MULTILINE)
+    return getattr(errors, said[-1][0])(said[-1][1]) if said else None
 
 
 def project_imports(folder: Path) -> None:

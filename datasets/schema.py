@@ -150,15 +150,6 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
-def list_column(values: np.ndarray) -> pa.Array:
-    """`[rows, …]` as an Arrow column of flat lists: what Ray Data can sort (its sort fails on tensor columns: pyarrow
-    cannot make an empty one)."""
-    if values.ndim == 1:
-        return pa.array(values)
-    flat = np.ascontiguousarray(values).reshape(len(values), -1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-
-
 def tensor_column(values: np.ndarray) -> pa.Array:
     """`[rows, …]` as an Arrow column: numbers as they are, the rest as fixed-shape tensors."""
     if values.ndim == 1:

@@ -92,7 +92,7 @@ class FileSource:
         import ray.data
 
         if self.format == "parquet":
-            return ray.data.read_parquet(self.files, columns=columns)
+            return ray.data.read_parquet(self.files).select_columns(columns)
         whole = pds.dataset(self.files, format="csv").schema
         kinds = {c: whole.field(c).type for c in columns}
         options = pyarrow.csv.ConvertOptions(column_types=kinds, include_columns=columns)

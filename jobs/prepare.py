@@ -1,17 +1,18 @@
 """Prepare: from the source to encrypted shards, on Ray Data.
 
-    read → check, hash and number the rows → fit preprocessing on the training rows → sort by hash → cut → write
+    read → check and hash the rows → fit preprocessing on the training rows → cut by the order of the hashes → write
+
+Ray Data reads and checks; the shuffle is two plain tasks a block and a shard, since Ray Data's own sort fails on tensor
+columns with this pyarrow, and took 11 s of starting processes for 1,797 rows.
 
 The training and validation shards hold the model's inputs, so an epoch reads them and does nothing else; the test shards
 hold raw features, so evaluation goes through the same preprocessing that a request will.
 """
 
 import functools
-import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +21,11 @@ from ..cluster.keys import KeyStore
 from ..cluster.storage import write_bytes
 from ..datasets import shards
 from ..datasets.preprocess import Moments, Preprocessing, fit, moments
-from ..datasets.schema import Schema, arrays, labels, list_column, to_numpy
+from ..datasets.schema import Schema, arrays, labels, tensor_column, to_numpy
 from ..datasets.shards import TARGET, Manifest, Shard, SplitName
 from ..datasets.sources import infer_schema, open_source
 from ..errors import DataError
 from ..project import Data
-
-if TYPE_CHECKING:
-    import ray.data
 
 HASH = "heliograph-hash"
 
@@ -47,25 +45,29 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     update("reading rows")
     columns = [f.name for f in schema.features] + [schema.target]
     checked = functools.partial(_check_rows, schema=schema, seed=data.split.seed)
-    rows = source.dataset(columns).map_batches(checked, batch_format="pyarrow", batch_size=None).materialize()
-    hashes, targets = _collect(rows)
-    plan = _plan(hashes, data, source.where)
-    if schema.classes:
-        _check_classes(targets[np.searchsorted(hashes, shards.first_train_hash(data.split)) :], schema, source.where)
+    blocks = source.dataset(columns).map_batches(checked, batch_format="pyarrow", batch_size=None).to_arrow_refs()
 
     update("fitting the preprocessing")
-    train = functools.partial(_moments, schema=schema, first_hash=shards.first_train_hash(data.split))
-    found = rows.map_batches(train, batch_format="pyarrow", batch_size=None).take_all()
-    preprocessing = fit(data.preprocess, [_unpack(row) for row in found], schema)
+    summarise = ray.remote(_summarise)
+    first_train = shards.first_train_hash(data.split)
+    summaries = ray.get([summarise.remote(block, schema, first_train) for block in blocks])
+    hashes, targets = (np.concatenate(parts) for parts in list(zip(*summaries, strict=True))[:2])
+    plan = _plan(hashes, data, source.where)
+    if schema.classes:
+        _check_classes(targets[hashes >= first_train], schema, source.where)
+    preprocessing = fit(data.preprocess, [found for *_, found in summaries], schema)
 
-    update("sorting")
-    pieces = rows.sort(HASH).split_at_indices(list(itertools.accumulate(length for _, _, length in plan))[:-1])
+    update("writing shards")
+    cut = ray.remote(_cut).options(num_returns=len(plan))
+    starts = np.cumsum([len(block_hashes) for block_hashes, *_ in summaries])[:-1]
+    shard_of = np.split(_shard_of_rows(hashes, [length for *_, length in plan]), starts)
+    pieces: list[Any] = [cut.remote(block, numbers, len(plan)) for block, numbers in zip(blocks, shard_of, strict=True)]
     bytes_per_row = 4 * sum(int(np.prod(f.shape, dtype=int)) for f in schema.features) + 8
-    window = shards.window_rows(bytes_per_row, max(length for _, _, length in plan))
+    window = shards.window_rows(bytes_per_row, max(length for *_, length in plan))
     write = ray.remote(_write)
     refs = [
-        write.remote(folder / file, split, schema, preprocessing, window, keys, *piece.to_arrow_refs())
-        for (split, file, _), piece in zip(plan, pieces, strict=True)
+        write.remote(folder / file, split, schema, preprocessing, window, keys, *(piece[i] for piece in pieces))
+        for i, (split, file, _) in enumerate(plan)
     ]
     done: dict[str, list[Shard]] = {split: [] for split in get_args(SplitName)}
     for i, ((split, _, _), ref) in enumerate(zip(plan, refs, strict=True)):
@@ -79,31 +81,32 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
 def _check_rows(table: pa.Table, schema: Schema, seed: int) -> pa.Table:
     """Features as float32, the target as class index or value, and each row's hash."""
     features, target = arrays(table, schema), labels(table, schema)
-    out = {name: list_column(values) for name, values in features.items()}
+    out = {name: tensor_column(values) for name, values in features.items()}
     return pa.table({**out, TARGET: target, HASH: shards.row_hashes(features, target, seed)})
 
 
-def _rows(table: pa.Table, schema: Schema) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    features = {f.name: to_numpy(table.column(f.name)).reshape(len(table), *f.shape) for f in schema.features}
-    return features, to_numpy(table.column(TARGET))
+def _summarise(table: pa.Table, schema: Schema, first_train: int) -> tuple[np.ndarray, np.ndarray, dict[str, Moments]]:
+    """A block's hashes and targets (16 bytes a row on the driver), and the moments of its training rows."""
+    hashes = to_numpy(table.column(HASH))
+    train = hashes >= first_train
+    found = moments({f.name: to_numpy(table.column(f.name))[train] for f in schema.features}) if train.any() else {}
+    return hashes, to_numpy(table.column(TARGET)), found
 
 
-def _moments(table: pa.Table, schema: Schema, first_hash: int) -> pa.Table:
-    """The moments of a block's training rows, as one row of JSON (none where the block has no training row)."""
-    train = to_numpy(table.column(HASH)) >= first_hash
-    if not train.any():
-        return pa.table({"moments": pa.array([], pa.string())})
-    features, _ = _rows(table, schema)
-    found = moments({name: values[train] for name, values in features.items()})
-    return pa.table({"moments": [json.dumps({name: m.model_dump() for name, m in found.items()})]})
+def _shard_of_rows(hashes: np.ndarray, lengths: list[int]) -> np.ndarray:
+    """For each row the number of the shard that its place among the sorted hashes lies in."""
+    numbers = np.empty(len(hashes), np.int32)
+    numbers[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return numbers
 
 
-def _unpack(row: dict[str, str]) -> dict[str, Moments]:
-    return {name: Moments(**values) for name, values in json.loads(row["moments"]).items()}
+def _cut(table: pa.Table, numbers: np.ndarray, count: int) -> list[pa.Table]:
+    """A block's rows by shard."""
+    return [table.filter(numbers == number) for number in range(count)]
 
 
 def _plan(hashes: np.ndarray, data: Data, where: str) -> list[tuple[SplitName, str, int]]:
-    """The shards, in the order of the sorted rows: split, file, length. Raises DataError for a split without rows."""
+    """The shards, in the order of the hashes: split, file, length. Raises DataError for a split without rows."""
     plan = []
     for split, share, first, end in shards.split_ranges(data.split):
         count = int((hashes < end).sum() - (hashes < first).sum())
@@ -123,10 +126,11 @@ def _write(
     keys: KeyStore | None,
     *tables: pa.Table,
 ) -> Shard:
-    features, target = _rows(pa.concat_tables(tables), schema)
+    table = pa.concat_tables(tables).sort_by(HASH)
+    features = {f.name: to_numpy(table.column(f.name)) for f in schema.features}
     if split != "test":
         features = preprocessing.apply(features, schema)
-    return shards.write_shard(file, {**features, TARGET: target}, window, keys)
+    return shards.write_shard(file, {**features, TARGET: to_numpy(table.column(TARGET))}, window, keys)
 
 
 def check_steps(data: Data, schema: Schema) -> None:
@@ -135,14 +139,6 @@ def check_steps(data: Data, schema: Schema) -> None:
         for column in step.columns or []:
             if column not in names:
                 raise DataError(f"data.preprocess[{i}].columns: `{column}` is not a feature: they are {', '.join(names[:12])}")
-
-
-def _collect(rows: "ray.data.Dataset") -> tuple[np.ndarray, np.ndarray]:
-    """All hashes, sorted, and the targets in their order: 16 bytes a row on the driver."""
-    batches = list(rows.select_columns([HASH, TARGET]).iter_batches(batch_size=None, batch_format="numpy"))
-    hashes = np.concatenate([b[HASH] for b in batches])
-    order = np.argsort(hashes, kind="stable")
-    return hashes[order], np.concatenate([b[TARGET] for b in batches])[order]
 
 
 def _check_classes(train: np.ndarray, schema: Schema, where: str) -> None:

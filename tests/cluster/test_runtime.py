@@ -61,6 +61,9 @@ def test_the_users_mistake_is_found_inside_what_ray_raised():
         wrapped = outer
     assert explained(wrapped) is mistake
     assert explained(mistake) is mistake
+    flattened = explained(RuntimeError("worker failed:\n  File x\nheliograph.errors.DataError: column `a`: empty\n\nmore text"))
+    assert type(flattened) is DataError
+    assert str(flattened) == str(mistake)
     assert explained(ValueError("a bug")) is None
 
 
