@@ -221,31 +221,35 @@ def _pipeline(source: Any, schema: Schema) -> Any:
 
 
 class _Steps:
-    """The compiled loops: `train` and `evaluate` move the meters, `read` reads and resets them (on all ranks together:
-    reading an ON_READ variable is a collective)."""
+    """The compiled loops. `train` and `evaluate` move the meters; `read` reads and resets them. Each is called by all ranks
+    together: reading an ON_READ variable and averaging are collectives."""
 
     def __init__(self, model: Any, loss: Any, optimizer: Any, meters: list[Any], strategy: Any):
         import tensorflow as tf
 
         self._meters = meters
+        # What layers keep beside their weights, such as batch normalisation's moving means: each rank's are of its own rows.
+        self._statistics = [v for v in model.non_trainable_variables if "float" in v.dtype]
         replicas = strategy.num_replicas_in_sync
+        one_value = model.output_shape[-1] == 1
 
-        def forward(inputs: Any, target: Any, training: bool) -> tuple[Any, Any]:
+        def forward(inputs: Any, target: Any, training: bool) -> Any:
             outputs = model(_fed(inputs), training=training)
-            rows = loss(target if loss_takes_indices else target[:, None], outputs)
+            rows = loss(target[:, None] if one_value else target, outputs)
             meters[0].update_state(rows)
             meters[1].update_state(target, outputs)
-            return outputs, rows
-
-        loss_takes_indices = model.output_shape[-1] != 1
+            return rows
 
         def train_step(inputs: Any, target: Any, everyone: Any) -> None:
             with tf.GradientTape() as tape:
-                _, rows = forward(inputs, target, True)
+                rows = forward(inputs, target, True)
                 extra = tf.add_n(model.losses) if model.losses else 0.0
                 total = tf.reduce_sum(rows) / everyone + extra / replicas
             gradients = tape.gradient(total, model.trainable_variables)
             optimizer.apply(gradients, model.trainable_variables)
+
+        def evaluate_step(inputs: Any, target: Any, _: Any) -> None:
+            forward(inputs, target, False)
 
         @tf.function
         def train_steps(iterator: Any, count: Any) -> None:
@@ -255,15 +259,23 @@ class _Steps:
         @tf.function
         def evaluate_steps(iterator: Any, count: Any) -> None:
             for _ in tf.range(count):
-                strategy.run(lambda inputs, target, _: forward(inputs, target, False) and None, args=next(iterator))
+                strategy.run(evaluate_step, args=next(iterator))
 
-        self._train, self._evaluate = train_steps, evaluate_steps
+        @tf.function
+        def averages() -> Any:
+            context = tf.distribute.get_replica_context
+            return strategy.run(lambda: [context().all_reduce("MEAN", tf.identity(v.value)) for v in self._statistics])
+
+        self._train, self._evaluate, self._averages = train_steps, evaluate_steps, averages
 
     def train(self, iterator: Any, steps: int) -> None:
         import tensorflow as tf
 
         for start in range(0, steps, STEPS_PER_CALL):
             self._train(iterator, tf.constant(min(STEPS_PER_CALL, steps - start)))
+        if self._statistics:
+            for variable, value in zip(self._statistics, self._averages(), strict=True):
+                variable.assign(value)
 
     def evaluate(self, iterator: Any, steps: int) -> None:
         import tensorflow as tf

@@ -55,6 +55,28 @@ def test_two_workers_train_what_one_worker_trains(job, alone, tmp_path):
     assert result["onnx_gap"] < 1e-5
 
 
+def test_layers_that_keep_statistics_end_equal_on_all_ranks(job, tmp_path):
+    (tmp_path / "model.py").write_text(
+        """\
+import keras
+from keras import layers
+
+
+def build(schema, hp):
+    image = keras.Input(schema.input_shape)
+    x = layers.Dense(16, use_bias=False, kernel_regularizer="l2")(layers.Flatten()(image))
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.Dropout(0.2)(x)
+    return keras.Model(image, layers.Dense(schema.outputs, activation="softmax")(x))
+"""
+    )
+    lines = trained(replace(job, project=tmp_path), tmp_path / "run", 2)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(set(result["weights_sha256"])) == 1
+    # The statistics that were averaged are those that the validation used, and they are good.
+    assert lines[-1]["val_accuracy"] > 0.8
+
+
 def test_training_goes_on_from_the_last_whole_checkpoint(job, alone, tmp_path):
     folder = tmp_path / "run"
     trained(job, folder, 1, epochs=2)
