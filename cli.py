@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a bug of ours (its traceback is in the run's log), 2 a mis
 130 Ctrl-C and 143 SIGTERM (the same command goes on from there).
 """
 
+import contextlib
 import shutil
 import signal
 from pathlib import Path
@@ -145,10 +146,13 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> No
         raise RunError(f"{held}: has no bundle yet: run `heliograph run {folder}` first")
     endpoint = Endpoint(loaded.name, held / "bundle", key_store(loaded, folder.resolve(), held), loaded.serve)
     with LocalCluster(loaded.serve.replicas, logs=held / "ray-logs") as cluster:
+        typer.echo(f"starting {endpoint.url} (about 20 s)", err=True)
         url = start(endpoint, cluster)
         typer.echo(f"serving {url}/v1/models/{loaded.name}:predict (Ctrl-C ends it)")
         typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {endpoint.keys.public_key()}")
-        signal.pause()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    typer.echo("stopped", err=True)
 
 
 @app.command()

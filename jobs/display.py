@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 log = logging.getLogger("heliograph")
 
@@ -20,10 +20,11 @@ class Display:
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description:<9}"),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            BarColumn(bar_width=24, table_column=Column(min_width=10)),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self.console,
+            expand=True,
             disable=not self.console.is_terminal,
         )
         self._task = None
@@ -52,7 +53,7 @@ class Display:
             self._progress.update(self._task, note=note, completed=done, total=total)
 
     def reused(self, name: str) -> None:
-        self._progress.add_task(name, total=1, completed=1, note="reused")
+        self._progress.update(self._progress.add_task(name, total=1, note="reused"), completed=1)
         if not self.console.is_terminal:
             self.console.print(f"{name}: reused")
 

@@ -100,7 +100,7 @@ def train(job: Job, update: Callable[..., None]) -> None:
 def _show(job: Job, update: Callable[..., None]) -> None:
     with contextlib.suppress(FileNotFoundError, IndexError):
         last = json.loads((job.folder / METRICS).read_text().splitlines()[-1])
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in last.items() if k.removeprefix("val_") in ("loss", "accuracy", "mae"))
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in last.items() if k in ("loss", "val_loss", "val_accuracy", "val_mae"))
         update(f"epoch {last['epoch']}/{job.train.epochs}  {shown}", last["epoch"], job.train.epochs)
 
 

@@ -121,12 +121,16 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, comman
     assert stages(folder) == {"prepare": True, "train": False, "evaluate": False, "bundle": False, "predict": False}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code):
+@pytest.mark.parametrize(("number", "code", "stage"), [(signal.SIGINT, 130, "train"), (signal.SIGTERM, 143, "prepare")])
+def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code, stage):
     folder = iris_project(tmp_path / "iris", epochs=100_000)
     started: Command = command("run", folder)
     work = folder / "runs" / "default" / ".work"
-    started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
+    log = work.parent / "run.log"
+    if stage == "train":
+        started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
+    else:
+        started.wait_for(lambda: log.exists() and "reading rows" in log.read_text(), "the reading of rows")
     assert len(started.left_behind()) == 1, "its own folder, and nothing beside it"
     ended, output = started.end(number)
     assert ended == code, output
@@ -134,7 +138,23 @@ def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code):
     assert "Traceback" not in output
     assert started.left_running() == []
     assert started.left_behind() == []
-    assert list(work.glob("train-*/checkpoints/epoch-*")), "the checkpoint must survive"
+    if stage == "train":
+        assert list(work.glob("train-*/checkpoints/epoch-*")), "the checkpoint must survive"
+
+
+def test_a_model_that_does_not_fit_is_one_line_and_what_is_done_is_kept(tmp_path, command):
+    folder = iris_project(tmp_path / "iris")
+    model = folder / "model.py"
+    model.write_text(model.read_text().replace("schema.outputs", "7"))
+    code, output = command("run", folder).finish()
+    assert code == 2, output
+    said = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "model.py: build: the model answers (7,) for a row, (3,) is needed" in said[0]
+    assert "Traceback" not in output
+    run = folder / "runs" / "default"
+    assert (run / "prepare" / "manifest.json").exists()
+    assert not (run / "train").exists()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, command):
