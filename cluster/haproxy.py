@@ -9,6 +9,7 @@ that it was given, asks the kernel to be killed with its parent, and becomes the
 import ctypes
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ PR_SET_PDEATHSIG = 1
 
 def write_launcher(path: Path) -> None:
     """An executable at `path` that runs `main` with this interpreter."""
-    path.write_text(f"#!{sys.executable}\nfrom heliograph.cluster.haproxy import main\n\nmain()\n")
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m {__name__} "$@"\n')
     path.chmod(0o700)
 
 
@@ -34,3 +35,7 @@ def main() -> None:
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this launcher
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *args])
+
+
+if __name__ == "__main__":
+    main()

@@ -42,11 +42,12 @@ def test_empty_ends_may_be_left_out_and_zeros_may_pad():
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_message_or_a_capsule_error(data):
-    for decode in (bhttp.decode_request, bhttp.decode_response):
+    for decode, encode in ((bhttp.decode_request, bhttp.encode_request), (bhttp.decode_response, bhttp.encode_response)):
         try:
-            decode(data)
+            found = decode(data)
         except CapsuleError:
             continue
+        assert decode(encode(found)) == found
 
 
 def test_a_truncated_request_is_refused_but_at_the_end_of_a_section():
