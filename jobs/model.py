@@ -89,11 +89,12 @@ def _check_shapes(model: "keras.Model", schema: Schema, where: str) -> None:
         found = ", ".join(str(tuple(o.shape[1:])) for o in outputs)
         per = f"a probability for each of {len(schema.classes)} classes" if schema.classes else "one value"
         raise ModelError(f"{where}: the model answers {found} for a row, ({schema.outputs},) is needed: {per}")
-    if schema.classes:
-        probe = {name: np.zeros((1, *shape), np.float32) for name, shape in expected.items()}
-        total = float(np.sum(model(probe if len(probe) > 1 else next(iter(probe.values())), training=False)))
-        if abs(total - 1) > 1e-3:
-            raise ModelError(f"{where}: the outputs add up to {total:.3g}, not to 1: end with a softmax")
+    # Called once for every task: it is also what lets Keras export the model.
+    probe = {name: np.zeros((1, *shape), np.float32) for name, shape in expected.items()}
+    answer = model(probe if len(probe) > 1 else next(iter(probe.values())), training=False)
+    total = float(np.sum(answer))
+    if schema.classes and abs(total - 1) > 1e-3:
+        raise ModelError(f"{where}: the outputs add up to {total:.3g}, not to 1: end with a softmax")
 
 
 def _shapes(inputs: dict[str, tuple[int, ...]]) -> str:
