@@ -5,6 +5,7 @@ become arrays through the same two functions, `arrays` and `parse_instances`.
 """
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict
 
+from ..cluster.storage import read_json
 from ..errors import DataError, RequestError
 from ..project import Data
 
@@ -34,6 +36,11 @@ class Schema(BaseModel):
     classes: tuple[str | int, ...] = ()
     """The labels in the order of the model's outputs (classification)."""
     features: tuple[Feature, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Schema":
+        """The schema of what `prepare` made, or of a bundle."""
+        return cls.model_validate(read_json(folder / "schema.json"))
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ class Engine:
     def __init__(self, model: Path, prepared: Path, threads: int | None = None):
         import onnxruntime as ort
 
-        self.schema = Schema.model_validate(read_json(prepared / "schema.json"))
+        self.schema = Schema.read(prepared)
         self.preprocessing = Preprocessing.model_validate(read_json(prepared / "preprocess.json"))
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or os.cpu_count() or 1

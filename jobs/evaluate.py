@@ -33,7 +33,7 @@ def evaluate(prepared: Path, trained: Path, keys: KeyStore | None, folder: Path,
     target = np.concatenate([f["target"] for f in found])
     outputs = np.concatenate([f["outputs"] for f in found])
     update("computing metrics")
-    schema = Engine(trained / "model.onnx", prepared).schema
+    schema = Schema.read(prepared)
     write_json(
         folder / "metrics.json", classification(target, outputs, schema) if schema.classes else regression(target, outputs)
     )

@@ -19,10 +19,6 @@ from .stages import Run, Stage
 from .train import Job, train
 
 
-def default_folder(project: Path) -> Path:
-    return project / "runs" / "default"
-
-
 def key_store(project: Project, base: Path, folder: Path) -> KeyStore:
     """The run's key store: `keys` of the project file, relative to it, or `keys` in the run's folder."""
     return KeyStore((base / Path(project.keys).expanduser()).resolve() if project.keys else folder / "keys")

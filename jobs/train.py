@@ -120,7 +120,7 @@ def _worker(config: dict) -> None:
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
 
-    schema = Schema.model_validate(read_json(job.prepared / "schema.json"))
+    schema = Schema.read(job.prepared)
     manifest = Manifest.read(job.prepared)
     keras.utils.set_random_seed(job.train.seed)
     strategy: Any = _multi_worker() if workers > 1 else tf.distribute.get_strategy()

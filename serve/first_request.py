@@ -52,7 +52,7 @@ def require_port(project: Project, run: Run) -> None:
 
 
 def _test_row(prepared: Path, keys: KeyStore | None) -> tuple[dict[str, np.ndarray], Any, Schema]:
-    schema = Schema.model_validate_json((prepared / "schema.json").read_bytes())
+    schema = Schema.read(prepared)
     file = prepared / Manifest.read(prepared).splits["test"][0].file
     with shards.open_shard(file, keys) as shard:
         columns = shards.read_rows(shard, file, [0])
