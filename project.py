@@ -79,15 +79,119 @@ class Optimizer(BaseModel):
     learning_rate: Annotated[float, Field(gt=0)] = 0.001
 
 
+class Schedule(BaseModel):
+    """A Keras learning-rate schedule by its name, or `OneCycle` or `ReduceLROnPlateau`; every other key is one of its
+    parameters. What is left out comes from the run: `decay_steps` are all steps, the initial rate is the optimizer's."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str = "Constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate first rises from zero, before the schedule begins."""
+
+
+class Resources(Section):
+    """What each worker of a training gets."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1
+    """CPUs a worker; a fraction lets workers share one"""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs a worker, all mirrored inside it (default: 1 where the cluster has one for each worker)"""
+    accelerator: str | None = None
+    """A Ray accelerator type, such as `A100`."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+
+class Stop(Section):
+    """What ends a training before its last epoch."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Of training, over all its interruptions."""
+    when: Annotated[str, Field(pattern=r"^\w+ *(>=|<=|>|<) *-?[\d.]+(e-?\d+)?$")] | None = None
+    """a metric's threshold, such as `val_accuracy >= 0.98`"""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Epochs without a better `monitor`."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as better."""
+
+
+class Checkpoint(Section):
+    seconds: Annotated[float, Field(gt=0)] = 60
+    """At least this often, besides the end of each epoch."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """The newest ones that are kept, besides the best."""
+
+
+class Watch(Section):
+    """What training writes about itself, besides the scalars that it always writes."""
+
+    histograms: bool = False
+    """Weights, once an epoch, to TensorBoard."""
+    profile: Annotated[int, Field(ge=0)] = 0
+    """Steps to profile for TensorBoard, from the twentieth on."""
+
+
+class Pipeline(Section):
+    """Cuts the model into sub-networks, a process (and a device) each; `train.workers` counts the replicas of the whole."""
+
+    stages: Annotated[int, Field(ge=2)]
+    micro_batches: Annotated[int, Field(ge=1)] = 8
+    """Pieces of a step; the idle share is (stages - 1) / (micro_batches + stages - 1)"""
+    recompute: Literal["auto", "always", "never"] = "auto"
+    """Whether activations are computed again for the backward pass instead of kept (auto: by the memory there is)."""
+    cuts: list[str] | None = None
+    """Names of the layers that each stage but the last ends with (default: by measured cost and memory)."""
+
+
 class Train(Section):
     epochs: Annotated[int, Field(ge=1)] = 10
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    """Rows of one step, over all workers together."""
-    workers: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Rows of one step, over all workers together; `auto`: the largest that fits, found by trial"""
+    workers: Annotated[int, Field(ge=1)] | list[int] = 1
+    """a number, or `[min, max]` for elastic training"""
+    resources: Resources = Resources()
+    pipeline: Pipeline | None = None
     optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
     loss: str | None = None
     """A Keras loss (default: sparse categorical cross-entropy, or mean squared error for regression)."""
+    metrics: list[str] | None = None
+    """Keras metrics (default: accuracy, or mean absolute error)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """A weight a class, or `balanced`: the rarer, the heavier."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Pieces that a worker's rows of a step are computed in, to save memory."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    xla: bool = False
+    """Compile forward and backward with XLA (never the exchange between workers)."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Momentum of a moving average of the weights, which is what is validated and exported."""
+    stop: Stop = Stop()
+    monitor: str | None = None
+    """The metric that says which checkpoint is best (default: `val_loss`, or `loss` without a validation split)."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the bundle."""
+    checkpoint: Checkpoint = Checkpoint()
+    on_anomaly: Literal["warn", "stop", "rollback"] = "warn"
+    """`rollback` goes back to the last good checkpoint and lowers the learning rate."""
+    watch: Watch = Watch()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("workers")
+    @classmethod
+    def _is_a_range(cls, workers: int | list[int]) -> int | list[int]:
+        if isinstance(workers, list) and not (len(workers) == 2 and 1 <= workers[0] <= workers[1]):
+            raise ValueError("a range of workers is [min, max], with 1 <= min <= max")
+        return workers
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Serve(Section):
@@ -118,16 +222,14 @@ class Project(Section):
 
     @model_validator(mode="after")
     def _workers_have_shards(self):
-        if self.train.workers > self.data.shards:
+        workers, batch = self.train.most_workers, self.train.batch_size
+        if workers > self.data.shards:
             raise ValueError(
-                f"train.workers is {self.train.workers}, but data.shards is {self.data.shards}: "
+                f"train.workers is {workers}, but data.shards is {self.data.shards}: "
                 "each worker reads shards of its own, so raise data.shards or lower train.workers"
             )
-        if self.train.batch_size < 2 * self.train.workers:
-            raise ValueError(
-                f"train.batch_size is {self.train.batch_size}, but {self.train.workers} workers "
-                f"need at least {2 * self.train.workers} rows a step"
-            )
+        if isinstance(batch, int) and batch < 2 * workers:
+            raise ValueError(f"train.batch_size is {batch}, but {workers} workers need at least {2 * workers} rows a step")
         return self
 
 

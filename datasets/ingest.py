@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from ..cluster.keys import KeyStore
 from . import shards
-from .schema import tensor_column, to_numpy
+from .schema import Schema, tensor_column, to_numpy
 from .shards import TARGET, Manifest, SplitName
 
 
@@ -55,7 +55,16 @@ class Part:
 
     @property
     def windows(self) -> int:
-        return -(-self._shards[0].rows // self.manifest.window)
+        return -(-self._shards[0].rows // self.manifest.window) if self._shards else 0
+
+    @property
+    def window_positions(self) -> int:
+        """Positions of an epoch that a window covers, over all workers."""
+        return self.manifest.window * len(self._shards)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.manifest.row_bytes
 
     @property
     def _shards(self) -> list[shards.Shard]:
@@ -70,9 +79,19 @@ class Part:
         whole, rest = divmod(position, len(self._shards))
         return whole * len(self._mine) + sum(1 for lane in self._mine if lane < rest)
 
+    def edge(self, step: int) -> int:
+        """The position that a step of an epoch begins at."""
+        return step * self.rows // self.steps
+
+    def no_rows(self) -> dict[str, np.ndarray]:
+        """What `read_window` gives, without a row: for a worker whose part of a small split is empty."""
+        schema = Schema.read(self.folder)
+        empty = {name: np.empty((0, *shape), np.float32) for name, shape in schema.inputs.items()}
+        return empty | {TARGET: np.empty(0, np.int64 if schema.classes else np.float32)}
+
     def step_sizes(self) -> list[tuple[int, int]]:
-        """For each step: (this worker's rows, all workers' rows)."""
-        edges = [g * self.rows // self.steps for g in range(self.steps + 1)]
+        """For each step of an epoch: (this worker's rows, all workers' rows)."""
+        edges = [self.edge(step) for step in range(self.steps + 1)]
         return [(self.rows_before(b) - self.rows_before(a), b - a) for a, b in itertools.pairwise(edges)]
 
     def read_window(self, window: int, epoch: int) -> dict[str, np.ndarray]:
@@ -103,67 +122,95 @@ class Part:
         return {name: np.concatenate([p[name] for p in pieces])[order] for name in pieces[0]}
 
 
-Batch = tuple[dict[str, np.ndarray], np.ndarray, np.float32]
-"""(inputs `[rows, …]` by name, targets `[rows]`, rows of the whole step over all workers)."""
+@dataclass(frozen=True)
+class Block:
+    """This worker's rows of several steps that follow each other in one epoch."""
+
+    inputs: dict[str, np.ndarray]
+    """`[rows, …]` by name."""
+    target: np.ndarray
+    """`[rows]`."""
+    edges: np.ndarray
+    """int32 `[steps + 1]`: step `i` has the rows from `edges[i]` to `edges[i + 1]`."""
+    everyone: np.ndarray
+    """float32 `[steps]`: rows of each step over all workers."""
+
+
+BLOCK_STEPS = 32
+BLOCK_BYTES = 4 << 20
+"""The most that one block spans: so that many small steps cost one call, and large ones little memory."""
 TASK_BYTES = 8 << 20
 """What a task reads at least: small windows, of several epochs where an epoch is small, share one."""
 TASKS_OF_A_DATASET = 256
 """Ray Data plans every task before the first one runs, which takes minutes for a hundred thousand."""
 
 
-def batches(part: Part, epochs: range) -> Iterator[Batch]:
-    """This worker's batches, step by step, for all of `epochs` in turn."""
-    views = _views(part, epochs)
+def blocks(part: Part, first: int, end: int) -> Iterator[Block]:
+    """This worker's rows of the steps from `first` to before `end`, counted from 0 over all epochs; epochs count from 1."""
     sizes = part.step_sizes()
-    held: list[dict[str, np.ndarray]] = []
-    for _ in epochs:
-        for mine, everyone in sizes:
-            while sum(len(h[TARGET]) for h in held) < mine:
-                held.append(next(views))
-            taken, held = _take(held, mine)
-            target = taken.pop(TARGET)
-            yield taken, target, np.float32(everyone)
+    span = max(1, min(BLOCK_STEPS, BLOCK_BYTES // (part.row_bytes * max(mine for mine, _ in sizes) + 1)))
+    held: list[dict[str, np.ndarray]] = [part.no_rows()]
+    views = _views(part, first, end)
+    step = first
+    while step < end:
+        place = step % part.steps
+        some = sizes[place : place + min(span, end - step)]
+        rows = sum(mine for mine, _ in some)
+        while sum(len(h[TARGET]) for h in held) < rows:
+            held.append(next(views))
+        taken, held = _take(held, rows)
+        target = taken.pop(TARGET)
+        edges = np.cumsum([0, *(mine for mine, _ in some)], dtype=np.int32)
+        yield Block(taken, target, edges, np.array([everyone for _, everyone in some], np.float32))
+        step += len(some)
 
 
 def _take(held: list[dict[str, np.ndarray]], rows: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """The first `rows` rows of what is held (a view where one block has them all), and the rest."""
+    """The first `rows` rows of what is held (a view where one block has them all), and the rest, which is never empty."""
     parts = []
-    while rows:
+    while True:
         head = held[0]
         count = min(rows, len(head[TARGET]))
-        parts.append({n: v[:count] for n, v in head.items()})
-        rest = {n: v[count:] for n, v in head.items()}
-        held = [rest, *held[1:]] if len(rest[TARGET]) else held[1:]
+        if count or not rows:
+            parts.append({n: v[:count] for n, v in head.items()})
         rows -= count
+        if not rows:
+            held = [{n: v[count:] for n, v in head.items()}, *held[1:]]
+            break
+        held = held[1:]
     if len(parts) == 1:
         return parts[0], held
     return {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}, held
 
 
-def _views(part: Part, epochs: range) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of this worker's windows, for all of `epochs` in turn, as views of what Ray Data read."""
+def _views(part: Part, first: int, end: int) -> Iterator[dict[str, np.ndarray]]:
+    """Columns of this worker's rows from step `first` to `end`, as views of what Ray Data read."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    units = part.windows * len(epochs)
-    lanes = len(part.manifest.splits[part.split]) // part.workers + 1
-    unit_bytes = min(part.manifest.window, part.rows) * part.manifest.row_bytes * lanes
-    units_of_a_task = max(1, TASK_BYTES // unit_bytes)
-    for first in range(0, units, TASKS_OF_A_DATASET * units_of_a_task):
-        count = min(TASKS_OF_A_DATASET * units_of_a_task, units - first)
-        read: Any = functools.partial(_read, part=part, first=epochs.start * part.windows + first)
+    epoch, position = first // part.steps, part.edge(first % part.steps)
+    window = position // part.window_positions
+    skipped = part.rows_before(position) - part.rows_before(window * part.window_positions)
+    start, units = epoch * part.windows + window, -(-end // part.steps) * part.windows
+    units_of_a_task = max(1, TASK_BYTES // max(1, min(part.window_positions, part.rows) * part.row_bytes // part.workers))
+    for begin in range(start, units, TASKS_OF_A_DATASET * units_of_a_task):
+        count = min(TASKS_OF_A_DATASET * units_of_a_task, units - begin)
+        read: Any = functools.partial(_read, part=part, first=begin)
         numbers = ray.data.range(count, override_num_blocks=-(-count // units_of_a_task))
         dataset = numbers.map_batches(read, batch_format="numpy", batch_size=None)
-        blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        for block in blocks:
-            if len(block):
-                yield {name: to_numpy(block.column(name)) for name in block.column_names}
+        found: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for block in found:
+            columns = {name: to_numpy(block.column(name)) for name in block.column_names}
+            if columns:
+                yield {name: values[skipped:] for name, values in columns.items()}
+                skipped = 0
 
 
 def _read(batch: dict[str, np.ndarray], part: Part, first: int) -> pa.Table:
-    read = [part.read_window((first + int(i)) % part.windows, (first + int(i)) // part.windows) for i in batch["id"]]
-    found = [columns for columns in read if columns]
+    units = [first + int(i) for i in batch["id"]]
+    found = [part.read_window(unit % part.windows, unit // part.windows + 1) for unit in units]
+    found = [columns for columns in found if columns]
     names = found[0] if found else ()
     return pa.table({name: tensor_column(np.concatenate([columns[name] for columns in found])) for name in names})

@@ -51,6 +51,8 @@ class Manifest(BaseModel):
     row_bytes: int
     """Of a row in memory."""
     encrypted: bool
+    class_rows: list[int] = []
+    """Training rows of each class (classification)."""
 
     def rows(self, split: SplitName) -> int:
         return sum(s.rows for s in self.splits[split])

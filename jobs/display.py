@@ -52,6 +52,11 @@ class Display:
         if self._task is not None:
             self._progress.update(self._task, note=note, completed=done, total=total)
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        log.warning("%s", text)
+        self.console.print(f"[yellow]![/] {text}", highlight=False)
+
     def reused(self, name: str) -> None:
         self._progress.update(self._progress.add_task(name, total=1, note="reused"), completed=1)
         if not self.console.is_terminal:

@@ -6,7 +6,8 @@ Every mistake in it becomes a ModelError that names the user's own file and line
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,49 @@ def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
     return built
 
 
-def compile_parts(train: Train, schema: Schema) -> tuple[Callable[..., Any], "keras.optimizers.Optimizer"]:
-    """The loss (a value a row) and the optimizer of `train`. Raises ModelError for a name or parameter Keras does not know."""
+@dataclass(frozen=True)
+class Parts:
+    """What a training needs besides the model."""
+
+    loss: Callable[[Any, Any], Any]
+    """(target, outputs) -> a loss a row, `[rows]`; weights of classes and smoothing of labels are in it."""
+    optimizer: "keras.optimizers.Optimizer"
+    meters: Callable[[], list[Any]]
+    """Keras metrics, the mean loss first, made anew by each call."""
+    target_dtype: str
+
+
+def compile_parts(train: Train, schema: Schema, class_rows: Sequence[int] = (), schedule: Any = None) -> Parts:
+    """Loss, optimizer and metrics of `train`, each tried on an output of the schema's shape.
+
+    class_rows: training rows of each class, for balanced weights. schedule: the learning rate (default: the optimizer's).
+    Raises ModelError for a name or parameter Keras does not know, and for a loss or a metric that does not fit the output.
+    """
     import keras
+
+    parameters = train.optimizer.model_dump(exclude={"name"})
+    if schedule is not None:
+        parameters["learning_rate"] = schedule
+    if train.ema:
+        parameters |= {"use_ema": True, "ema_momentum": train.ema}
+    try:
+        optimizer: Any = keras.optimizers.get({"class_name": train.optimizer.name, "config": parameters})
+    except (ValueError, TypeError) as error:
+        given = train.optimizer.model_dump(exclude={"name"})
+        raise ModelError(f"train.optimizer: `{train.optimizer.name}` with {given}: {_what(error)}") from None
+    names = train.metrics if train.metrics is not None else ["accuracy" if schema.classes else "mae"]
+
+    def meters() -> list[Any]:
+        return [keras.metrics.Mean("loss"), *(_meter(name, schema) for name in names)]
+
+    parts = Parts(_loss(train, schema, class_rows), optimizer, meters, "int64" if schema.classes else "float32")
+    _try_on(parts, train, schema)
+    return parts
+
+
+def _loss(train: Train, schema: Schema, class_rows: Sequence[int]) -> Callable[[Any, Any], Any]:
+    import keras
+    import tensorflow as tf
 
     name = train.loss or ("sparse_categorical_crossentropy" if schema.classes else "mean_squared_error")
     try:
@@ -61,12 +102,74 @@ def compile_parts(train: Train, schema: Schema) -> tuple[Callable[..., Any], "ke
             loss.reduction = "none"
     except (ValueError, TypeError):
         raise ModelError(f"train.loss: `{name}` is not a Keras loss") from None
-    parameters = train.optimizer.model_dump(exclude={"name"})
+    if not schema.classes and (train.label_smoothing or train.class_weights):
+        raise ModelError("train: label_smoothing and class_weights need classes, and this target is a number")
+    if train.label_smoothing and name != "sparse_categorical_crossentropy":
+        raise ModelError("train.label_smoothing: needs the default loss, sparse_categorical_crossentropy")
+    weights = tf.constant(_class_weights(train, schema, class_rows), tf.float32)
+    classes = len(schema.classes)
+
+    def per_row(target: Any, outputs: Any) -> Any:
+        if train.label_smoothing:
+            smooth = train.label_smoothing
+            rows = keras.losses.categorical_crossentropy(tf.one_hot(target, classes), outputs, label_smoothing=smooth)
+        else:
+            rows = loss(target, outputs)
+        return rows * tf.gather(weights, target) if train.class_weights else rows
+
+    return per_row
+
+
+def _class_weights(train: Train, schema: Schema, class_rows: Sequence[int]) -> list[float]:
+    """A weight a class; balanced ones are rows / (classes × rows of the class), as scikit-learn has it."""
+    given = train.class_weights
+    if given is None or not schema.classes:
+        return [1.0]
+    if given == "balanced":
+        return [sum(class_rows) / (len(class_rows) * max(1, n)) for n in class_rows] or [1.0] * len(schema.classes)
+    names = [str(c) for c in schema.classes]
+    if unknown := given.keys() - set(names):
+        raise ModelError(f"train.class_weights: `{min(unknown)}` is no class: the classes are {', '.join(names)}")
+    return [given.get(name, 1.0) for name in names]
+
+
+def _meter(name: str, schema: Schema) -> Any:
+    import keras
+
+    if name in ("accuracy", "acc"):
+        return keras.metrics.SparseCategoricalAccuracy("accuracy") if schema.classes else keras.metrics.MeanMetricWrapper(
+            keras.metrics.get("accuracy"), "accuracy"
+        )  # fmt: skip
     try:
-        optimizer: Any = keras.optimizers.get({"class_name": train.optimizer.name, "config": parameters})
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"train.optimizer: `{train.optimizer.name}` with {parameters}: {_what(error)}") from None
-    return loss, optimizer
+        meter = keras.metrics.get(name)
+    except (ValueError, TypeError):
+        raise ModelError(f"train.metrics: `{name}` is not a Keras metric") from None
+    if not isinstance(meter, keras.metrics.Metric):
+        meter = keras.metrics.MeanMetricWrapper(meter, name)
+    meter.name = name
+    return meter
+
+
+def _try_on(parts: Parts, train: Train, schema: Schema) -> None:
+    """Compute loss and metrics once for two rows of nothing. Raises ModelError where their shapes do not fit."""
+    import numpy as np
+    import tensorflow as tf
+
+    outputs = tf.fill((2, schema.outputs), 1 / schema.outputs)
+    target = tf.constant(np.zeros(2), parts.target_dtype)
+    shown = f"an output of shape (rows, {schema.outputs}) and a target of shape (rows,)"
+    try:
+        rows = parts.loss(target[:, None] if schema.outputs == 1 else target, outputs)
+    except Exception as error:
+        raise ModelError(f"train.loss: `{train.loss}` does not fit {shown}: {_what(error)}") from None
+    if rows.shape.rank == 0 or tuple(rows.shape) != (2,):
+        raise ModelError(f"train.loss: `{train.loss}` does not fit {shown}: it answers {tuple(rows.shape)} for 2 rows, not (2,)")
+    for meter in parts.meters()[1:]:
+        try:
+            meter.update_state(target, outputs)
+            float(meter.result())
+        except Exception as error:
+            raise ModelError(f"train.metrics: `{meter.name}` does not fit {shown}: {_what(error)}") from None
 
 
 def _check_shapes(model: "keras.Model", schema: Schema, where: str) -> None:

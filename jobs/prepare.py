@@ -53,8 +53,7 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     summaries = ray.get([summarise.remote(block, schema, first_train) for block in blocks])
     hashes, targets = (np.concatenate(parts) for parts in list(zip(*summaries, strict=True))[:2])
     plan = _plan(hashes, data, source.where)
-    if schema.classes:
-        _check_classes(targets[hashes >= first_train], schema, source.where)
+    class_rows = _class_rows(targets[hashes >= first_train], schema, source.where)
     preprocessing = fit(data.preprocess, [found for *_, found in summaries], schema)
 
     update("writing shards")
@@ -75,7 +74,7 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
         update(f"writing shards, {len(hashes):,} rows", i + 1, len(refs))
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
-    Manifest(splits=done, window=window, row_bytes=bytes_per_row, encrypted=keys is not None).write(folder)
+    Manifest(splits=done, window=window, row_bytes=bytes_per_row, encrypted=keys is not None, class_rows=class_rows).write(folder)
 
 
 def _check_rows(table: pa.Table, schema: Schema, seed: int) -> pa.Table:
@@ -141,10 +140,12 @@ def check_steps(data: Data, schema: Schema) -> None:
                 raise DataError(f"data.preprocess[{i}].columns: `{column}` is not a feature: they are {', '.join(names[:12])}")
 
 
-def _check_classes(train: np.ndarray, schema: Schema, where: str) -> None:
-    """A class that no training row has can never be learnt."""
-    missing = [str(c) for i, c in enumerate(schema.classes) if not (train == i).any()]
+def _class_rows(train: np.ndarray, schema: Schema, where: str) -> list[int]:
+    """Training rows of each class. Raises DataError for a class without one, which can never be learnt."""
+    found = [int((train == i).sum()) for i in range(len(schema.classes))]
+    missing = [str(name) for name, rows in zip(schema.classes, found, strict=True) if not rows]
     if missing:
         raise DataError(
             f"{where}: no training row of class {', '.join(missing[:5])}: more rows of it are needed, or another seed"
         )
+    return found

@@ -1,13 +1,12 @@
 """The report: `report.json` for machines, `report.html` for people (one file, no network, light and dark)."""
 
 import html
-import json
 from typing import Any
 
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..project import Project
 from .stages import Run
-from .train import METRICS
+from .watch import METRICS, read_lines
 
 
 def write(project: Project, run: Run) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
     }
     write_json(run.folder / "report.json", report)
-    history = [json.loads(line) for line in (run["train"] / METRICS).read_text().splitlines()]
+    history = read_lines(run["train"] / METRICS)
     write_bytes(run.folder / "report.html", _page(report, history).encode())
     return report
 

@@ -58,7 +58,8 @@ def execute(project: Project, base: Path, run: Run) -> None:
         prepare(project.data, base, sealing, folder, update)
 
     def do_train(folder: Path) -> None:
-        train(Job(project.train, project.model, base, run["prepare"], sealing, folder), update)
+        job = Job(project.name, project.train, project.model, base, run["prepare"], sealing, folder)
+        train(job, update, run.display.say)
 
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]

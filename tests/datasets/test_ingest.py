@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from heliograph.cluster.storage import write_json
 from heliograph.datasets import shards
-from heliograph.datasets.ingest import Part, batches
+from heliograph.datasets.ingest import Part, blocks
+from heliograph.datasets.schema import Feature, Schema
 from heliograph.datasets.shards import TARGET, Manifest
 
 
@@ -16,6 +18,8 @@ def prepared(folder, rows: int, pieces: int, window: int) -> Manifest:
         numbers = np.arange(starts[i], starts[i] + length)
         columns = {"x": numbers.astype("f4")[:, None], TARGET: numbers}
         written.append(shards.write_shard(folder / f"{i}.parquet", columns, window, None))
+    schema = Schema(task="classification", target="number", classes=(0, 1), features=(Feature(name="x", shape=(1,)),))
+    write_json(folder / "schema.json", schema.model_dump())
     return Manifest(splits={"train": written}, window=window, row_bytes=12, encrypted=False)
 
 
@@ -58,13 +62,31 @@ def test_an_epoch_has_an_order_of_its_own_and_a_seed_repeats_it(tmp_path):
     assert sorted(first) == sorted(second)
 
 
-def test_batches_through_ray_data_are_those_steps(cluster, tmp_path):
+def through_ray(part: Part, first: int, end: int) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """For each step: its inputs, its rows' numbers, and the rows of all workers."""
+    found = []
+    for block in blocks(part, first, end):
+        for i, everyone in enumerate(block.everyone):
+            rows = slice(block.edges[i], block.edges[i + 1])
+            found.append((block.inputs["x"][rows], block.target[rows], everyone))
+    return found
+
+
+def test_blocks_through_ray_data_are_those_steps_from_wherever_they_start(cluster, tmp_path):
     manifest = prepared(tmp_path, 101, 4, 8)
-    expected = [steps(tmp_path, manifest, 2, 16, epoch)[1] for epoch in (3, 4)]
+    expected = [step for epoch in (1, 2, 3) for step in steps(tmp_path, manifest, 2, 16, epoch)[1]]
     part = Part(tmp_path, manifest, "train", None, 1, 2, 16, 0)
-    found = list(batches(part, range(3, 5)))
-    assert len(found) == 2 * part.steps
-    for (inputs, target, everyone), numbers in zip(found, [*expected[0], *expected[1]], strict=True):
-        assert np.array_equal(target, numbers)
-        assert np.array_equal(inputs["x"][:, 0], numbers.astype("f4"))
-        assert everyone in (14, 15)
+    for first in (0, 3, 2 * part.steps - 1, len(expected) - 1):
+        found = through_ray(part, first, len(expected))
+        assert len(found) == len(expected) - first
+        for (inputs, numbers, everyone), wanted in zip(found, expected[first:], strict=True):
+            assert np.array_equal(numbers, wanted)
+            assert np.array_equal(inputs[:, 0], numbers.astype("f4"))
+            assert everyone in (14, 15)
+
+
+def test_a_worker_without_a_row_of_a_small_split_still_has_every_step(cluster, tmp_path):
+    manifest = prepared(tmp_path, 1, 1, 1)
+    part = Part(tmp_path, manifest, "train", None, 1, 2, 16, None)
+    found = through_ray(part, 0, 3)
+    assert [(inputs.shape, len(numbers), everyone) for inputs, numbers, everyone in found] == [((0, 1), 0, 1.0)] * 3

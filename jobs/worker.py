@@ -1,0 +1,455 @@
+"""One rank of a training, from its start to its end.
+
+All ranks run the same loop. What they must decide together (save now, stop, go back) is decided on what the last call's
+exchange told all of them (`steps.Signals`), so no rank can take another way than the rest.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ..cluster.keys import KeyStore
+from ..cluster.runtime import LOOPBACK, keep_on_loopback
+from ..cluster.storage import write_json
+from ..datasets.ingest import Part, blocks
+from ..datasets.schema import Schema
+from ..datasets.shards import TARGET, Manifest
+from ..errors import ModelError, RunError
+from ..project import Model, Train
+from .anomaly import Detector
+from .checkpoint import Checkpoints, read
+from .engine import Engine
+from .model import build, compile_parts
+from .rate import plateau, rate
+from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, fed
+from .watch import METRICS, Watch, write_lines
+
+SAVE, STOP, TIME_IS_UP, BACK, GIVE_UP = 1, 2, 4, 8, 16
+"""Orders of rank 0 to all: save a checkpoint; save one and stop; the same, and the training is done; go back to the last
+checkpoint; end because of an anomaly."""
+CALL_SECONDS = 0.2
+"""What a call should take: long enough to cost nothing, short enough for Ctrl-C."""
+MOST_ROLLBACKS = 3
+ROLLBACK_RATE = 0.3
+STOP_FILE, SAVE_FILE = "stop", "save"
+"""What the driver puts into the job's folder when it was interrupted, and when a node is about to be taken away."""
+INTERRUPTED, ANOMALY = "interrupted", "anomaly"
+SUSPECT_STEPS = 10
+EXPORT_ROWS = 256
+EXPORT_GAP = 1e-4
+"""How far ONNX may be from Keras: of a probability, or of the largest value where values are larger than 1."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know; keys go by reference."""
+
+    name: str
+    train: Train
+    model: Model
+    project: Path
+    prepared: Path
+    keys: KeyStore | None
+    folder: Path
+    """checkpoints/, what `watch` writes, and at the end model.keras, model.onnx, result.json."""
+    batch_size: int = 0
+    """What `train.batch_size` came out as."""
+
+
+def work(config: dict) -> None:
+    """What Ray Train runs on each worker."""
+    import ray.train
+
+    context = ray.train.get_context()
+    _Rank(config["job"], context.get_world_rank(), context.get_world_size(), context.get_local_world_size()).run()
+
+
+class _Rank:
+    def __init__(self, job: Job, rank: int, ranks: int, ranks_here: int):
+        import keras
+        import tensorflow as tf
+
+        self.job, self.rank, self.ranks = job, rank, ranks
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        tf.config.threading.set_inter_op_parallelism_threads(2)
+        train = job.train
+        self.schema, self.manifest = Schema.read(job.prepared), Manifest.read(job.prepared)
+        keras.utils.set_random_seed(train.seed)
+        keras.mixed_precision.set_global_policy(train.precision)
+        self.device, self.strategy = _strategy(ranks)
+        batch = job.batch_size
+        self.part = Part(job.prepared, self.manifest, "train", job.keys, rank, ranks, batch, train.seed)
+        self.held_out = Part(job.prepared, self.manifest, "validation", job.keys, rank, ranks, 4 * batch, None)
+        self.end = min(train.epochs * self.part.steps, train.stop.steps or train.epochs * self.part.steps)
+        with self.strategy.scope():
+            self.model = build(job.model, self.schema, job.project)
+            schedule, self.factor = rate(train, self.end)
+            parts = compile_parts(train, self.schema, self.manifest.class_rows, schedule)
+            self.optimizer = parts.optimizer
+            self.optimizer.build(self.model.trainable_variables)
+            meters, scale = parts.meters(), LossScale() if train.precision == "mixed_float16" else None
+        self.twins = parts.meters()
+        """Meters outside the strategy, which turn the ranks' sums into figures."""
+        state = [*self.model.variables, *self.optimizer.variables, self.factor]
+        state += [scale.variable, scale.counter] if scale else []
+        specs = (self.schema.inputs, parts.target_dtype)
+        self.steps = Steps(
+            self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla
+        )
+        self.watch: Watch | None = None
+        self.anomaly = ""
+        self.warnings: list[str] = []
+        folder = job.folder / "checkpoints"
+        self.checkpoints = Checkpoints(folder, state, self.strategy, rank, train.checkpoint.keep, self._warn)
+        self.detector = Detector(ranks) if rank == 0 else None
+        self.host = np.zeros(HOST, np.float32)
+        self.orders = 0
+
+    def _warn(self, text: str) -> None:
+        if self.watch:
+            self.watch.event(self.step, "checkpoint", text)
+        else:
+            self.warnings.append(text)
+
+    def _restore(self) -> None:
+        """Take up the newest checkpoint, or the beginning."""
+        extra = []
+        self.step, self.history, self.seconds, self.rollbacks, self.lowered = 0, [], 0.0, 0, 0
+        if found := self.checkpoints.restore():
+            note, extra = found
+            self.step, self.history, self.seconds = note["step"], note["history"], note["seconds"]
+            self.rollbacks, self.lowered = note["rollbacks"], note["lowered"]
+        self.steps.reset()
+        if self.rank == 0 and self.step % self.part.steps:
+            self.steps.take_up(extra)
+
+    def run(self) -> None:
+        self._restore()
+        if self.rank == 0:
+            self.watch = Watch(self.job.folder, self.job.name, self.step, self.end)
+            self.watch.event(self.step, "workers", f"{self.ranks} from step {self.step} on")
+            for text in self.warnings:
+                self._warn(text)
+        try:
+            reason = self._loop()
+            self.checkpoints.settle(must=True)
+            if reason == ANOMALY:
+                if self.rank == 0:
+                    raise RunError(f"training stopped: {self.anomaly} (train.on_anomaly is {self.job.train.on_anomaly})")
+            elif reason != INTERRUPTED:
+                self._finish(reason)
+        finally:
+            if self.watch:
+                self.watch.close()
+
+    def _loop(self) -> str:
+        """Train to the end; why it ended."""
+        reason = self._reached()
+        while not reason:
+            feed = Feed(blocks(self.part, self.step, self.end), self.device)
+            held_out = self._held_out()
+            try:
+                reason = self._from_here(feed, held_out)
+            finally:
+                for each in (feed, held_out):
+                    if each:
+                        each.close()
+        return reason
+
+    def _held_out(self) -> Feed | None:
+        if not self.held_out.rows:
+            return None
+        epochs = -(-self.end // self.part.steps)
+        done = self.step // self.part.steps
+        return Feed(blocks(self.held_out, done * self.held_out.steps, epochs * self.held_out.steps), self.device)
+
+    def _from_here(self, feed: Feed, held_out: Feed | None) -> str:
+        """Until the training ends (why), or goes back to a checkpoint (an empty text)."""
+        saved, count = time.monotonic(), 1
+        self.epoch_began, self.rows = time.monotonic(), 0.0
+        while True:
+            block = next(feed)
+            first = 0
+            while first < block.steps:
+                count = min(count, block.steps - first)
+                signals = self._call(block, first, count, feed)
+                first, self.step = first + count, self.step + count
+                self.rows += float(signals.steps[:, ROWS].sum())
+                self.checkpoints.hear(signals.hosts)
+                count = max(1, int(CALL_SECONDS / max(1e-6, float(signals.hosts[:, STEP].max()) or CALL_SECONDS)))
+                if self.rank == 0:
+                    self._look(signals, saved)
+                if signals.ordered(BACK):
+                    self._go_back()
+                    return ""
+                epoch_ends = self.step % self.part.steps == 0 or self.step == self.end
+                reason = self._epoch(held_out) if epoch_ends else ""
+                if signals.ordered(GIVE_UP):
+                    return ANOMALY
+                if signals.ordered(TIME_IS_UP):
+                    reason = reason or f"{self.job.train.stop.minutes:g} minutes"
+                if signals.ordered(STOP):
+                    reason = reason or INTERRUPTED
+                if epoch_ends or reason or (signals.ordered(SAVE) and self.checkpoints.settled):
+                    self._save()
+                    saved = time.monotonic()
+                if reason:
+                    return reason
+
+    def _call(self, block: Fed, first: int, count: int, feed: Feed) -> Signals:
+        self.host[ORDER], self.orders = self.orders, 0
+        self.host[MEMORY] = psutil.Process().memory_info().rss / 2**20
+        self.checkpoints.say(self.host)
+        started, waited = time.monotonic(), feed.waited
+        signals = self.steps.train(block, first, count, self.host)
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        self.host[STEP] = seconds / count
+        self.host[WAIT] = min(1.0, (feed.waited - waited) / max(seconds, 1e-6))
+        return signals
+
+    def _look(self, signals: Signals, saved: float) -> None:
+        """Rank 0 between calls: show what was done, and see what all must do next."""
+        assert self.watch and self.detector
+        train, folder = self.job.train, self.job.folder
+        self.watch.see(self.step, (self.step - 1) // self.part.steps + 1, signals)
+        for found in self.detector.see(self.step - len(signals.steps), signals.steps[:, :OWN], signals.steps[:, OWN:]):
+            self.watch.event(found.step, "anomaly", f"{found.text}; {self._rows_of(found.step)}")
+            if found.serious and train.on_anomaly != "warn":
+                self.anomaly = found.text
+                again = train.on_anomaly == "rollback" and self.rollbacks < MOST_ROLLBACKS
+                self.orders |= BACK if again else GIVE_UP
+        if time.monotonic() - saved > train.checkpoint.seconds:
+            self.orders |= SAVE
+        if train.stop.minutes and self.seconds > 60 * train.stop.minutes:
+            self.orders |= TIME_IS_UP
+        if (folder / STOP_FILE).exists():
+            self.orders |= STOP
+        if (folder / SAVE_FILE).exists():
+            (folder / SAVE_FILE).unlink(missing_ok=True)
+            self.orders |= SAVE
+
+    def _rows_of(self, step: int) -> str:
+        """Where a step's rows lie."""
+        epoch, place = divmod(step - 1, self.part.steps)
+        return f"epoch {epoch + 1}, rows {self.part.edge(place)} to {self.part.edge(place + 1) - 1} in its order"
+
+    def _epoch(self, held_out: Feed | None) -> str:
+        """What ends with an epoch: figures, validation, the rate's plateau, the best so far; why training ends, if it does."""
+        train = self.job.train
+        figures: dict[str, Any] = {"epoch": -(-self.step // self.part.steps), "step": self.step, **self._figures()}
+        seconds = time.monotonic() - self.epoch_began
+        with self._averaged():
+            if held_out:
+                done = 0
+                while done < self.held_out.steps:
+                    block = next(held_out)
+                    self.steps.evaluate(block)
+                    done += block.steps
+                figures |= {f"val_{name}": value for name, value in self._figures().items()}
+            weights = [(v.path, np.asarray(v)) for v in self.model.weights] if train.watch.histograms else []
+        figures |= {"seconds": round(seconds, 3), "rows_per_second": round(self.rows / seconds, 1), "workers": self.ranks}
+        self.history = [*self.history, figures]
+        if self.watch:
+            self.watch.epoch(figures, weights)
+        self.epoch_began, self.rows = time.monotonic(), 0.0
+        return self._judge()
+
+    def _figures(self) -> dict[str, float]:
+        """The meters' results over all ranks; they begin anew."""
+        sums = self.steps.collect()
+        for variable, value in zip((v for twin in self.twins for v in twin.variables), sums, strict=True):
+            variable.assign(value)
+        self.steps.reset()
+        return {twin.name: float(twin.result()) for twin in self.twins}
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the moving average of its weights, where `train.ema` asks for one."""
+        if not self.job.train.ema:
+            yield
+            return
+        kept = [np.array(v) for v in self.model.trainable_variables]
+        self.optimizer.finalize_variable_values(self.model.trainable_variables)
+        yield
+        for variable, value in zip(self.model.trainable_variables, kept, strict=True):
+            variable.assign(value)
+
+    def _judge(self) -> str:
+        """Hold the last epoch against the ones before; why training ends, if it does."""
+        train, last = self.job.train, self.history[-1]
+        monitor = train.monitor or ("val_loss" if "val_loss" in last else "loss")
+        if monitor not in last:
+            raise ModelError(f"train.monitor: `{monitor}` is not measured: there are {', '.join(_measured(last))}")
+        up = -1 if re.search("loss|error", monitor) or monitor.removeprefix("val_") in ("mae", "mse") else 1
+        values = [up * line[monitor] for line in self.history]
+        if max(values) == values[-1]:
+            self.checkpoints.best = self.step
+        if (settings := plateau(train)) and _without_better(values, settings["min_delta"]) >= settings["patience"]:
+            since = self.history[-1]["epoch"] - self.lowered
+            if since >= settings["patience"]:
+                lowest = settings["min_lr"] / train.optimizer.learning_rate
+                self.factor.assign(max(lowest, float(np.asarray(self.factor)) * settings["factor"]))
+                self.lowered = last["epoch"]
+        if train.stop.when:
+            name, sign, bound = re.fullmatch(r"(\w+) *(>=|<=|>|<) *(.+)", train.stop.when).groups()  # pyright: ignore
+            if name not in last:
+                raise ModelError(f"train.stop.when: `{name}` is not measured: there are {', '.join(_measured(last))}")
+            if _COMPARE[sign](last[name], float(bound)):
+                return f"{name} is {last[name]:.4g} ({train.stop.when})"
+        if train.stop.patience and _without_better(values, train.stop.min_delta) >= train.stop.patience:
+            return f"no better {monitor} for {train.stop.patience} epochs"
+        return self._reached()
+
+    def _reached(self) -> str:
+        if self.step < self.end:
+            return ""
+        steps = self.job.train.stop.steps
+        return f"{steps} steps" if steps and self.end == steps else f"{self.job.train.epochs} epochs"
+
+    def _save(self) -> None:
+        self.checkpoints.settle()
+        sums = self.steps.collect()
+        note = {"history": self.history, "seconds": self.seconds, "rollbacks": self.rollbacks, "lowered": self.lowered}
+        self.checkpoints.save(self.step, note, sums)
+
+    def _go_back(self) -> None:
+        """To the last checkpoint that is good, with a smaller learning rate."""
+        at = self.step
+        self.checkpoints.settle()
+        # An anomaly is seen some steps late: a checkpoint of this very moment may hold it already.
+        if self.rank == 0:
+            self.checkpoints.back_to(at - SUSPECT_STEPS)
+        self.steps.collect()  # all wait here until rank 0 has removed them
+        rollbacks = self.rollbacks + 1
+        self._restore()
+        self.rollbacks = rollbacks
+        self.factor.assign(ROLLBACK_RATE**rollbacks)
+        if self.watch and self.detector:
+            self.watch.back_to(self.step)
+            self.watch.event(at, "rollback", f"back to step {self.step}, learning rate ×{ROLLBACK_RATE**rollbacks:.2g}")
+            self.detector.back_to(self.step)
+
+    def _finish(self, stopped: str) -> None:
+        """What is left in the folder when the training is done."""
+        import keras
+
+        job = self.job
+        self.checkpoints.settle(must=True)
+        if self.rank or self.watch is None:
+            return
+        self.watch.close()
+        write_lines(job.folder / METRICS, self.history)
+        # Outside the strategy's scope and in float32: a plain model with the same weights, which any Keras can load.
+        keras.mixed_precision.set_global_policy("float32")
+        plain = build(job.model, self.schema, job.project)
+        plain.set_weights(self._exported())
+        gap = _export(plain, self.held_out if self.held_out.rows else self.part, job)
+        figures = {
+            "workers": self.ranks,
+            "weights_sha256": self.checkpoints.digests,
+            "parameters": plain.count_params(),
+            "onnx_gap": gap,
+            "stopped": stopped,
+            "batch_size": self.part.batch_size,
+        }
+        write_json(job.folder / "result.json", {**figures, **self.history[-1]})
+
+    def _exported(self) -> list[np.ndarray]:
+        """The model's weights that become the bundle, in the order of `model.weights`."""
+        best = self.checkpoints.folder / f"step-{self.checkpoints.best or 0:08d}"
+        if self.job.train.export == "best" and best.exists():
+            with self.strategy.scope():
+                for variable, value in zip(self.checkpoints.variables, read(best)[1], strict=False):
+                    variable.assign(value)
+        with self._averaged():
+            return [np.asarray(w) for w in self.model.weights]
+
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": float.__ge__,
+    "<=": float.__le__,
+    ">": float.__gt__,
+    "<": float.__lt__,
+}
+
+
+def _measured(figures: dict) -> list[str]:
+    return [name for name in figures if name not in ("epoch", "step", "seconds", "rows_per_second", "workers")]
+
+
+def _without_better(values: list[float], delta: float) -> int:
+    """Epochs at the end without a value that beats all before it by `delta`."""
+    best, since = -math.inf, 0
+    for value in values:
+        best, since = (value, 0) if value > best + delta else (best, since + 1)
+    return since
+
+
+def _strategy(ranks: int) -> tuple[str, Any]:
+    """(the device that batches go to, the strategy) of a rank: all GPUs that Ray gave it, mirrored, and the other ranks.
+
+    HELIOGRAPH_LOGICAL_DEVICES=n stands in for n GPUs where there is none: n logical CPU devices (one worker only).
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    logical = int(os.environ.get("HELIOGRAPH_LOGICAL_DEVICES", "1"))
+    device = "GPU:0" if len(gpus) == 1 else "CPU:0"
+    if ranks > 1:
+        return device, _multi_worker()
+    if len(gpus) > 1:
+        return device, tf.distribute.MirroredStrategy()
+    if logical > 1:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * logical)
+        names = [f"CPU:{i}" for i in range(logical)]
+        return device, tf.distribute.MirroredStrategy(names, tf.distribute.ReductionToOneDevice())
+    return device, tf.distribute.get_strategy()
+
+
+def _multi_worker() -> Any:
+    """MultiWorkerMirroredStrategy. Its thread that watches the peers sleeps 30 s at a time, and the end of training would
+    wait for it to wake: one second instead."""
+    import tensorflow as tf
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    CollectiveAllReduceExtended._check_health_interval = 1
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    if all(address.startswith(LOOPBACK) for address in json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"]):
+        keep_on_loopback()
+    return strategy
+
+
+def _export(model: Any, rows: Part, job: Job) -> float:
+    """Save `model.keras` and `model.onnx`; the largest difference between the two on real rows.
+
+    It is done here because TensorFlow is loaded here: its import takes longer than the export.
+    """
+    import logging
+
+    import tensorflow as tf
+
+    model.save(job.folder / "model.keras", include_optimizer=False)
+    logging.disable(logging.WARNING)
+    model.export(job.folder / "model.onnx", format="onnx", verbose=False)
+    inputs = rows.read_window(0, 1)
+    inputs.pop(TARGET)
+    inputs = {name: values[:EXPORT_ROWS] for name, values in inputs.items()}
+    own = np.asarray(model(fed({name: tf.constant(values) for name, values in inputs.items()})))
+    gap = float(np.abs(own - Engine(job.folder / "model.onnx", job.prepared).forward(inputs)).max())
+    if gap > EXPORT_GAP * max(1.0, float(np.abs(own).max())):
+        raise ModelError(f"model.onnx answers differently from the Keras model, by {gap:.2g}")
+    return gap
