@@ -153,7 +153,6 @@ def ray_legacy(folder: Path, out: Path) -> float:
 
 def keras_fit() -> None:
     """A child: `keras.Model.fit` as everybody writes it."""
-    import keras
 
     space: dict = {}
     exec(MODEL, space)

@@ -50,6 +50,7 @@ class Watch:
         self.folder, self.end = folder, end
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Signals] = []
+        self._at = (step, 0)
         self._since = time.monotonic()
         shutil.rmtree(folder / BOARD, ignore_errors=True)
         self._board: Any = tf.summary.create_file_writer(str(folder / BOARD))
@@ -64,12 +65,17 @@ class Watch:
         }
         self._model = name
 
-    def see(self, step: int, epoch: int, signals: Signals, now: bool = False) -> None:
-        """A call that ended at `step`. now: the line is due, however young the last one is."""
+    def see(self, step: int, epoch: int, signals: Signals) -> None:
+        """A call that ended at `step`."""
         self._pending.append(signals)
-        seconds = time.monotonic() - self._since
-        if seconds < EVERY_SECONDS and not now:
+        self._at = (step, epoch)
+        if time.monotonic() - self._since >= EVERY_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
             return
+        seconds, signals, (step, epoch) = time.monotonic() - self._since, self._pending[-1], self._at
         steps, hosts = np.concatenate([s.steps for s in self._pending]), signals.hosts
         self._pending, self._since = [], time.monotonic()
         finite = steps[steps[:, FINITE] > 0]
@@ -108,10 +114,12 @@ class Watch:
 
     def back_to(self, step: int) -> None:
         """Drop what was written after `step`, which will be done again."""
+        self._pending = []
         self.close()
         self.__init__(self.folder, self._model, step, self.end)
 
     def close(self) -> None:
+        self._flush()
         self._thread.shutdown(wait=True)
         self._board.close()
 

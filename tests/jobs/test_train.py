@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 from heliograph.cluster.keys import DATA_KEY, KeyStore
 from heliograph.jobs.prepare import prepare
-from heliograph.jobs.train import Job, train
-from heliograph.project import Data, Model, Optimizer, Split, Train
+from heliograph.jobs.train import train
+from heliograph.jobs.watch import EVENTS, METRICS, STEPS, read_lines
+from heliograph.jobs.worker import STOP_FILE, Job
+from heliograph.project import Data, Model, Optimizer, Schedule, Split, Stop, Train
 
 from ..conftest import ROOT
 
@@ -22,6 +26,7 @@ def job(cluster, tmp_path_factory) -> Job:
     (folder / "prepared").mkdir()
     prepare(Data(source="sklearn://digits", target="target"), folder, keys, folder / "prepared", lambda *_: None)
     return Job(
+        name="digits",
         train=Train(epochs=3, batch_size=64, workers=1, optimizer=Optimizer(learning_rate=0.002)),
         model=Model(hp={"filters": 8, "units": 32, "dropout": 0.0}),
         project=ROOT / "examples" / "digits",
@@ -31,11 +36,30 @@ def job(cluster, tmp_path_factory) -> Job:
     )
 
 
-def trained(job: Job, folder, workers: int, epochs: int = 3) -> list[dict]:
+def trained(job: Job, folder, workers: int, **settings) -> list[dict]:
+    """The figures of each epoch."""
     folder.mkdir(exist_ok=True)
-    settings = job.train.model_copy(update={"workers": workers, "epochs": epochs})
-    train(replace(job, train=settings, folder=folder), lambda *_: None)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    settings = job.train.model_copy(update={"workers": workers, **settings})
+    train(replace(job, train=settings, folder=folder), lambda *_: None, lambda _: None)
+    return read_lines(folder / METRICS)
+
+
+def interrupted(job: Job, folder) -> None:
+    """Ask for an end as Ctrl-C does, as soon as there are workers: after a step, a checkpoint follows the next one."""
+    begun = len(read_lines(folder / EVENTS))
+
+    def stop() -> None:
+        while len(read_lines(folder / EVENTS)) == begun:
+            time.sleep(0.02)
+        (folder / STOP_FILE).touch()
+
+    threading.Thread(target=stop, daemon=True).start()
+    trained(job, folder, 1)
+    assert not (folder / "result.json").exists()
+
+
+def result(folder) -> dict:
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +122,65 @@ def build(schema, hp):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["onnx_gap"] < 1e-2
 
 
-def test_training_goes_on_from_the_last_whole_checkpoint(job, alone, tmp_path):
+def test_training_goes_on_from_the_last_whole_checkpoint_in_the_middle_of_an_epoch(job, alone, tmp_path):
     folder = tmp_path / "run"
-    trained(job, folder, 1, epochs=2)
+    for _ in range(2):
+        interrupted(job, folder)
     checkpoints = folder / "checkpoints"
-    assert sorted(c.name for c in checkpoints.iterdir()) == ["epoch-00001", "epoch-00002"]
+    assert sorted(c.name for c in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
     # A damaged newest checkpoint is passed over, and so is one that was never published.
-    state = checkpoints / "epoch-00002" / "state.npz"
+    state = checkpoints / "step-00000004" / "state.npz"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    shutil.copytree(checkpoints / "epoch-00001", checkpoints / ".epoch-00003.part")
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / ".step-00000069.part")
     lines = trained(job, folder, 1)
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
-    assert lines[-1]["loss"] == pytest.approx(alone[-1]["loss"], rel=1e-3)
-    assert lines[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-3)
+    said = [event["text"] for event in read_lines(folder / EVENTS)]
+    assert said[:3] == ["1 from step 0 on", "1 from step 2 on", "1 from step 2 on"]
+    assert "step-00000004: passed over" in said[3]
+    assert [line["step"] for line in lines] == [23, 46, 69]
+    for line, undisturbed in zip(lines, alone, strict=True):
+        for figure in ("loss", "accuracy", "val_loss", "val_accuracy"):
+            assert line[figure] == pytest.approx(undisturbed[figure], rel=1e-3)
+    keys = [line["step"] for line in read_lines(folder / STEPS)]
+    assert keys == sorted(set(keys))
+    assert sum(line["steps"] for line in read_lines(folder / STEPS)) == 69
+
+
+def test_every_way_to_cut_a_step_is_the_same_step(job, tmp_path, monkeypatch):
+    """Clipped by the global norm, smoothed, weighted and scheduled; as one piece, as pieces, mirrored, on two workers."""
+    strategy = {
+        "optimizer": Optimizer(learning_rate=0.004, global_clipnorm=0.5),
+        "schedule": Schedule(name="CosineDecay", warmup=10),
+        "label_smoothing": 0.1,
+        "class_weights": {"3": 2.0, "8": 0.5},
+        "stop": Stop(steps=40),
+    }
+    whole = trained(job, tmp_path / "whole", 1, **strategy)
+    rates = {line["step"]: line["learning_rate"] for line in read_lines(tmp_path / "whole" / STEPS)}
+    assert rates[1] == pytest.approx(0.0004)
+    assert rates[40] < 0.0002
+    runs = {"pieces": (1, {"accumulate": 3, "xla": True}), "workers": (2, {"accumulate": 2})}
+    found = {name: trained(job, tmp_path / name, workers, **strategy, **more) for name, (workers, more) in runs.items()}
+    monkeypatch.setenv("HELIOGRAPH_LOGICAL_DEVICES", "2")
+    found["mirrored"] = trained(job, tmp_path / "mirrored", 1, **strategy)
+    for name, lines in found.items():
+        for line, one in zip(lines, whole, strict=True):
+            for figure in ("loss", "accuracy", "val_loss"):
+                assert line[figure] == pytest.approx(one[figure], rel=2e-3), (name, figure)
+
+
+def test_half_precision_with_a_moving_average_trains_and_exports_what_was_best(job, tmp_path):
+    lines = trained(job, tmp_path / "run", 1, precision="mixed_float16", ema=0.9, export="best", metrics=["accuracy"])
+    assert lines[-1]["val_accuracy"] > 0.85
+    assert result(tmp_path / "run")["onnx_gap"] < 1e-5
+
+
+def test_training_stops_when_it_is_told_to(job, tmp_path):
+    lines = trained(job, tmp_path / "when", 1, epochs=50, stop=Stop(when="val_accuracy >= 0.8"))
+    assert lines[-1]["val_accuracy"] >= 0.8 > lines[-2]["val_accuracy"] if len(lines) > 1 else True
+    assert result(tmp_path / "when")["stopped"].startswith("val_accuracy is 0.")
+    schedule = Schedule(name="ReduceLROnPlateau", patience=1, factor=0.5, min_delta=10.0)
+    lines = trained(job, tmp_path / "patience", 1, epochs=50, schedule=schedule, stop=Stop(patience=3, min_delta=10.0))
+    assert len(lines) == 4, "the first epoch is always better than nothing; three more are not better by 10"
+    assert read_lines(tmp_path / "patience" / STEPS)[-1]["learning_rate"] == pytest.approx(0.002 * 0.5**2)
