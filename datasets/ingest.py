@@ -7,26 +7,24 @@ on does not depend on `W`: two workers make the batches that one makes, each its
 
 Shuffling: a shard's row groups are drawn in an order of their own, and the rows inside each, by (seed, epoch, shard).
 
-Ray Data reads: a task takes a window (a row group of each of the worker's shards), or several where they are small;
-decrypts, shuffles and interleaves; and hands over one Arrow block in the order of consumption, of which the worker takes
-zero-copy views. A dataset spans many epochs, so reading ahead goes on over their borders. This is the block-level path that
-was measured at 8–10 times Ray's `to_tf`; with a task for each epoch of the 1,431 digits, planning took 0.9 s of each 1.5 s
-epoch, with many epochs in a task an epoch takes 0.55 s.
+A Ray task reads a window (a row group of each of the worker's shards), or several where they are small; decrypts, shuffles
+and interleaves; and hands over arrays in the order of consumption, of which the worker takes zero-copy views. Three tasks
+are ahead of it, over the borders of epochs. They are plain tasks and not a Ray Dataset: that would plan every task before
+the first one runs (minutes for a hundred thousand), ask for CPUs that the workers may hold already, and book them with the
+autoscaler in a way that an elastic training takes for lost room.
 """
 
-import functools
+import collections
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ..cluster.keys import KeyStore
 from . import shards
-from .schema import Schema, tensor_column, to_numpy
+from .schema import Schema
 from .shards import TARGET, Manifest, SplitName
 
 
@@ -141,8 +139,7 @@ BLOCK_BYTES = 4 << 20
 """The most that one block spans: so that many small steps cost one call, and large ones little memory."""
 TASK_BYTES = 8 << 20
 """What a task reads at least: small windows, of several epochs where an epoch is small, share one."""
-TASKS_OF_A_DATASET = 256
-"""Ray Data plans every task before the first one runs, which takes minutes for a hundred thousand."""
+TASKS_AHEAD = 3
 
 
 def blocks(part: Part, first: int, end: int) -> Iterator[Block]:
@@ -184,33 +181,29 @@ def _take(held: list[dict[str, np.ndarray]], rows: int) -> tuple[dict[str, np.nd
 
 
 def _views(part: Part, first: int, end: int) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of this worker's rows from step `first` to `end`, as views of what Ray Data read."""
-    import ray.data
+    """Columns of this worker's rows from step `first` to `end`, as views of what the tasks read."""
+    import ray
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     epoch, position = first // part.steps, part.edge(first % part.steps)
     window = position // part.window_positions
     skipped = part.rows_before(position) - part.rows_before(window * part.window_positions)
     start, units = epoch * part.windows + window, -(-end // part.steps) * part.windows
     units_of_a_task = max(1, TASK_BYTES // max(1, min(part.window_positions, part.rows) * part.row_bytes // part.workers))
-    for begin in range(start, units, TASKS_OF_A_DATASET * units_of_a_task):
-        count = min(TASKS_OF_A_DATASET * units_of_a_task, units - begin)
-        read: Any = functools.partial(_read, part=part, first=begin)
-        numbers = ray.data.range(count, override_num_blocks=-(-count // units_of_a_task))
-        dataset = numbers.map_batches(read, batch_format="numpy", batch_size=None)
-        found: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        for block in found:
-            columns = {name: to_numpy(block.column(name)) for name in block.column_names}
-            if columns:
-                yield {name: values[skipped:] for name, values in columns.items()}
-                skipped = 0
+    # No CPU is asked for: the workers may hold all there are, and would wait for ever for rows.
+    read = ray.remote(_read).options(num_cpus=0)
+    begins = range(start, units, units_of_a_task)
+    tasks = (read.remote(part, begin, min(begin + units_of_a_task, units)) for begin in begins)
+    ahead = collections.deque(itertools.islice(tasks, TASKS_AHEAD))
+    while ahead:
+        columns = ray.get(ahead.popleft())
+        ahead.extend(itertools.islice(tasks, 1))
+        if columns:
+            yield {name: values[skipped:] for name, values in columns.items()}
+            skipped = 0
 
 
-def _read(batch: dict[str, np.ndarray], part: Part, first: int) -> pa.Table:
-    units = [first + int(i) for i in batch["id"]]
-    found = [part.read_window(unit % part.windows, unit // part.windows + 1) for unit in units]
+def _read(part: Part, begin: int, end: int) -> dict[str, np.ndarray]:
+    """The windows from `begin` to `end`, counted over all epochs."""
+    found = [part.read_window(unit % part.windows, unit // part.windows + 1) for unit in range(begin, end)]
     found = [columns for columns in found if columns]
-    names = found[0] if found else ()
-    return pa.table({name: tensor_column(np.concatenate([columns[name] for columns in found])) for name in names})
+    return {name: np.concatenate([columns[name] for columns in found]) for name in (found[0] if found else ())}

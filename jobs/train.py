@@ -6,6 +6,7 @@ there are. Ctrl-C and SIGTERM first ask them, by a file, for one more checkpoint
 """
 
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from .worker import SAVE_FILE, STOP_FILE, Job, work
 
 SECONDS_TO_STOP = 60
 """How long an interrupted training may take to save a checkpoint."""
+SECONDS_FOR_A_REPLACEMENT = 10
+"""How long an elastic training waits for another worker in a lost one's place, before it goes on with fewer."""
 ELASTIC_CHECK_SECONDS = 10
 """How often an elastic training looks for room for more workers."""
 
@@ -36,6 +39,7 @@ def train(job: Job, update: Callable[..., None], say: Callable[[str], None]) -> 
 
     from .backend import KerasConfig, Trainer
 
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(SECONDS_FOR_A_REPLACEMENT))
     resources = _resources(job)
     job = replace(job, batch_size=_batch_size(job, resources, update))
     fewest, most = job.train.fewest_workers, job.train.most_workers
@@ -160,7 +164,7 @@ def _show(job: Job, shown: int, update: Callable[..., None], say: Callable[[str]
     """Say what is new; returns how many events have been said."""
     events = read_lines(job.folder / EVENTS)
     for event in events[shown:]:
-        if event["kind"] != "workers":
+        if event["kind"] != "workers" or event["step"]:
             say(f"step {event['step']}: {event['text']}")
     steps, epochs = read_lines(job.folder / STEPS)[-1:], read_lines(job.folder / METRICS)[-1:]
     if steps:

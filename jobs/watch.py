@@ -50,6 +50,7 @@ class Watch:
         self.folder, self.end = folder, end
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Signals] = []
+        self._unwritten: list[tuple[str, bytes]] = []
         self._at = (step, 0)
         self._since = time.monotonic()
         shutil.rmtree(folder / BOARD, ignore_errors=True)
@@ -70,9 +71,10 @@ class Watch:
         self._pending.append(signals)
         self._at = (step, epoch)
         if time.monotonic() - self._since >= EVERY_SECONDS:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the line of what was seen since the last one; before a checkpoint too, so that no line lies across it."""
         if not self._pending:
             return
         seconds, signals, (step, epoch) = time.monotonic() - self._since, self._pending[-1], self._at
@@ -119,13 +121,21 @@ class Watch:
         self.__init__(self.folder, self._model, step, self.end)
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._thread.shutdown(wait=True)
         self._board.close()
 
     def _line(self, file: str, line: dict, kind: str | None) -> None:
-        with (self.folder / file).open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        self._unwritten.append((file, json.dumps(line).encode() + b"\n"))
+        with contextlib.suppress(OSError):  # a full disk: they are written with the next line
+            while self._unwritten:
+                name, text = self._unwritten[0]
+                with (self.folder / name).open("ab", buffering=0) as out:
+                    size = out.tell()
+                    if out.write(text) < len(text):
+                        out.truncate(size)
+                        break
+                self._unwritten.pop(0)
         if kind:
             self._scalars(line, kind)
             self._board.flush()

@@ -137,7 +137,7 @@ class _Rank:
         self._restore()
         if self.rank == 0:
             self.watch = Watch(self.job.folder, self.job.name, self.step, self.end)
-            self.watch.event(self.step, "workers", f"{self.ranks} from step {self.step} on")
+            self.watch.event(self.step, "workers", f"{self.ranks} workers go on" if self.step else f"{self.ranks} workers begin")
             for text in self.warnings:
                 self._warn(text)
         try:
@@ -318,6 +318,8 @@ class _Rank:
         return f"{steps} steps" if steps and self.end == steps else f"{self.job.train.epochs} epochs"
 
     def _save(self) -> None:
+        if self.watch:
+            self.watch.flush()
         self.checkpoints.settle()
         sums = self.steps.collect()
         note = {"history": self.history, "seconds": self.seconds, "rollbacks": self.rollbacks, "lowered": self.lowered}
