@@ -3,24 +3,27 @@
     uv run --group bench python bench/anomaly.py [runs of each fault]
 
 Real trainings (digits and two synthetic sets; Adam and SGD; several batch sizes, rates and seeds) with a fault put in at a
-random step, for the rest of a short run: flipped labels, a learning rate or inputs that are multiplied, a NaN, a worker that
-becomes slower. Loss, gradient norm and computing time are what `jobs/steps.py` measured; a second rank's times are those of
-another real run, and a slower worker's are multiplied. Clean trainings, long ones, give the false alarms. A fault counts as
-found when the first alarm after it comes within 5 steps.
+random step, for the rest of a short run: flipped labels, a learning rate or inputs that are multiplied, NaNs, a worker that
+becomes slower. Loss, gradient norm and computing time are what `jobs/steps.py` measured. The ranks' times are those of two
+processes at work side by side on steps of about 40 ms (shorter ones stutter more than a slow worker does), from a random
+place on; a slower worker's are multiplied. Clean trainings give the false alarms. A strong fault counts as found when the
+first alarm after it comes within 5 steps, a weak one within 20.
 """
 
+import contextlib
+import json
 import os
 import sys
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
-from common import finish
+from common import answer, child, finish
 from heliograph.datasets.ingest import Block
 from heliograph.jobs.anomaly import Detector
 from heliograph.jobs.steps import HOST, OWN, Feed, Steps
 
-WITHIN = 5
-CLEAN_STEPS = 1500
+WITHIN = {"strong": 5, "weak": 20}
+CLEAN_STEPS, TIMED_STEPS = 1500, 1500
 STRONG = {"labels": 0.3, "rate": 30.0, "inputs": 16.0, "nan": 1.0, "slow": 1.6}
 WEAK = {"labels": 0.1, "rate": 5.0, "slow": 1.25}
 
@@ -38,16 +41,21 @@ def rows(kind: int) -> tuple[np.ndarray, np.ndarray]:
     return x.astype("float32"), y
 
 
-def train(seed: int, count: int, fault: str = "", strength: float = 0.0, at: int = 10**9) -> np.ndarray:
+def train(
+    seed: int, count: int, fault: str = "", strength: float = 0.0, at: int = 10**9, width: int = 512, batch: int = 0
+) -> np.ndarray:
     """Signals `[count, OWN + 1]` of one training; the fault is in every step from `at` on."""
     import keras
     import tensorflow as tf
 
+    with contextlib.suppress(RuntimeError):  # a worker beside another has a core, not the machine
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(2)
     rng = np.random.default_rng(seed)
     x, y = rows(seed % 3)
-    batch = int(rng.choice([32, 64, 128]))
+    batch = batch or int(rng.choice([32, 64, 128]))
     keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(768, activation="relu") for _ in range(2 + seed % 2)]
+    layers = [keras.layers.Dense(width, activation="relu") for _ in range(2 + seed % 2)]
     layers.append(keras.layers.Dropout(0.3))
     model = keras.Sequential([keras.Input((64,)), *layers, keras.layers.Dense(10, activation="softmax")])
     rate = float(rng.choice([0.001, 0.003]))
@@ -102,39 +110,55 @@ def seen(signals: np.ndarray, times: np.ndarray, call: int = 8) -> list:
     return alarms
 
 
+def timed(seed: int) -> None:
+    """A child: the computing times of a training whose steps are long."""
+    print(json.dumps(train(seed, TIMED_STEPS, width=1024, batch=256)[20:, OWN].tolist()))
+
+
 def main(runs: int) -> None:
-    clean = [train(seed, CLEAN_STEPS) for seed in range(max(8, runs // 2))]
-    seconds = [c[:, OWN] for c in clean]
+    pairs = []
+    for seed in (1, 2):
+        both = [child(__file__, "timed", str(seed)) for _ in range(2)]
+        pairs.append(np.stack([np.array(answer(process)) for process in both], axis=1))
+        print(f"a step of two processes side by side: {1000 * np.median(pairs[-1]):.1f} ms", flush=True)
+
+    def times(seed: int, count: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        pair = pairs[seed % len(pairs)]
+        found = np.roll(pair, rng.integers(len(pair)), axis=0)
+        return np.resize(found, (count, 2))[:, :: rng.choice([1, -1])].copy()
+
     steps = false = 0
-    for i, signals in enumerate(clean):
-        times = np.stack([signals[:, OWN], seconds[(i + 1) % len(clean)]], axis=1)
-        alarms = seen(signals, times)
+    for seed in range(max(7, runs // 2)):
+        signals = train(seed, CLEAN_STEPS)
+        alarms = seen(signals, times(seed, len(signals)))
         steps, false = steps + len(signals), false + len(alarms)
-        for alarm in alarms:
-            print(f"false alarm, training {i}: {alarm.text}")
+        print(f"clean training {seed}: {len(alarms)} alarms in {len(signals)} steps {[a.text for a in alarms]}", flush=True)
     shares = {}
     for name, faults in (("strong", STRONG), ("weak", WEAK)):
         hits = []
         for fault, strength in faults.items():
             delays, early = [], 0
             for run in range(runs):
-                rng = np.random.default_rng(1000 + run)
-                at = int(rng.integers(200, 500))
-                signals = train(100 + run, at + 20, fault, strength, at)
-                other = seconds[run % len(seconds)][: len(signals)]
-                times = np.stack([signals[:, OWN], other], axis=1)
+                at = int(np.random.default_rng(1000 + run).integers(200, 500))
+                signals = train(100 + run, at + WITHIN["weak"], fault, strength, at)
+                ranks = times(100 + run, len(signals))
                 if fault == "slow":
-                    times[at:, 0] *= strength
-                alarms = [a.step - 1 - at for a in seen(signals, times)]
-                early += sum(a < 0 for a in alarms)
-                delays.append(next((a + 1 for a in alarms if a >= 0), None))
-            found = [d for d in delays if d is not None and d <= WITHIN]
+                    ranks[at:, 0] *= strength
+                alarms = [a.step - at for a in seen(signals, ranks)]
+                early += sum(a < 1 for a in alarms)
+                delays.append(next((a for a in alarms if a >= 1), None))
+            found = [d for d in delays if d is not None and d <= WITHIN[name]]
             hits.append(len(found) / runs)
-            mean = f"after {np.mean(found):.1f} steps" if found else ""
-            print(f"{name:6} {fault:7} ×{strength:<5g} found {len(found)} of {runs} {mean}; {early} alarms before it", flush=True)
+            mean = f", after {np.mean(found):.1f} steps" if found else ""
+            print(f"{name:6} {fault:7} ×{strength:<5g} found {len(found)} of {runs}{mean}; {early} alarms before it", flush=True)
         shares[name] = float(np.mean(hits))
     finish({"strong_found": shares["strong"], "weak_found": shares["weak"], "false_per_10k": false / steps * 10_000})
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    match sys.argv[1:]:
+        case ["timed", seed]:
+            timed(int(seed))
+        case given:
+            main(int(given[0]) if given else 20)

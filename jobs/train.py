@@ -61,27 +61,31 @@ def train(job: Job, update: Callable[..., None], say: Callable[[str], None]) -> 
     for file in (STOP_FILE, SAVE_FILE):
         (job.folder / file).unlink(missing_ok=True)
     failure: list[BaseException] = []
+    done = threading.Event()
 
     def fit() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             failure.append(error)
+        finally:
+            done.set()
 
-    # In a thread, so that Ctrl-C reaches the main thread at once (Ray Train would catch it and wait).
-    thread = threading.Thread(target=fit, daemon=True)
     reached = [int(c.name.split("-")[1]) for c in newest(job.folder / "checkpoints")]
     shown = len(read_lines(job.folder / EVENTS))
     draining: set[str] = set()
     update(f"starting workers, going on after step {reached[0]}" if reached else "starting workers")
-    thread.start()
+    # In a thread, so that Ctrl-C reaches the main thread at once (Ray Train would catch it and wait). An event says when it
+    # ends: in Python 3.11 a `join` that Ctrl-C interrupts takes the thread for dead.
+    threading.Thread(target=fit, daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.3)
+        while not done.wait(0.3):
             _save_before_a_node_goes(job, draining)
             shown = _show(job, shown, update, say)
     except KeyboardInterrupt:
-        _stop(job, thread, update)
+        _stop(job, done, update)
+        if failure:
+            raise failure[0] from None
         raise
     if failure:
         raise failure[0]
@@ -105,14 +109,14 @@ def _batch_size(job: Job, resources: dict[str, float], update: Callable[..., Non
     return read_json(found)
 
 
-def _stop(job: Job, thread: threading.Thread, update: Callable[..., None]) -> None:
+def _stop(job: Job, done: threading.Event, update: Callable[..., None]) -> None:
     """Ask the workers for a last checkpoint and wait for it; another Ctrl-C waits no longer."""
     if not read_lines(job.folder / EVENTS):
         return  # nothing was trained yet
     update("interrupted: saving a checkpoint")
     (job.folder / STOP_FILE).touch()
     with contextlib.suppress(KeyboardInterrupt):
-        thread.join(SECONDS_TO_STOP)
+        done.wait(SECONDS_TO_STOP)
 
 
 def _resources(job: Job) -> dict[str, float]:

@@ -83,7 +83,7 @@ def test_a_killed_worker_loses_no_step(undisturbed, tmp_path):
 def test_a_full_disk_costs_a_checkpoint_and_not_the_training(undisturbed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("a small disk cannot be mounted here: root is needed")
     try:
         given = job(traced.project(tmp_path / "project", "2"), disk / "run")
