@@ -118,7 +118,7 @@ def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None
     from .serve import first_request
 
     display = Display()
-    with opened(_run_folder(folder, run), loaded.train.most_workers, display) as current:
+    with opened(_run_folder(folder, run), loaded.train.processes, display) as current:
         first_request.require_port(loaded, current)
         execute(loaded, folder.resolve(), current)
         first_request.execute(loaded, folder.resolve(), current)

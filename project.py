@@ -186,6 +186,11 @@ class Train(Section):
         return workers
 
     @property
+    def processes(self) -> int:
+        """How many work at the same time, at most."""
+        return self.most_workers * (self.pipeline.stages if self.pipeline else 1)
+
+    @property
     def fewest_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 

@@ -158,7 +158,7 @@ class Detector:
 
         self._since_fit = 0
         points, windows = np.array(self._points), np.clip(np.array(self._windows), -6, 6)
-        self._forest = IsolationForest(n_estimators=64, max_samples=min(256, len(points)), random_state=0).fit(points)
+        self._forest = IsolationForest(n_estimators=64, random_state=0).fit(points)  # of 256 samples each, as in the paper
         self._forest_bound = np.quantile(self._forest.score_samples(points), 0.02)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,6 +6,7 @@ there are. Ctrl-C and SIGTERM first ask them, by a file, for one more checkpoint
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import threading
@@ -17,6 +18,7 @@ from ..cluster.storage import read_json, write_json
 from ..errors import RunError
 from .batch import largest_batch
 from .checkpoint import newest
+from .pipeline import check_settings, train_pipelined
 from .watch import EVENTS, METRICS, STEPS, read_lines
 from .worker import SAVE_FILE, STOP_FILE, Job, work
 
@@ -35,15 +37,28 @@ def train(job: Job, update: Callable[..., None], say: Callable[[str], None]) -> 
     Raises ModelError for a model that does not fit, RunError for workers that the cluster can never hold, and
     KeyboardInterrupt, after a checkpoint, when it was interrupted.
     """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(SECONDS_FOR_A_REPLACEMENT))
+    resources = _resources(job)
+    job = replace(job, batch_size=_batch_size(job, resources, update))
+    if job.train.pipeline:
+        check_settings(job)
+        fit = functools.partial(train_pipelined, job, resources, update)
+    else:
+        fit = _trainer(job, resources).fit
+    shutil.rmtree(job.folder / "ray", ignore_errors=True)
+    for file in (STOP_FILE, SAVE_FILE):
+        (job.folder / file).unlink(missing_ok=True)
+    _watched(job, fit, update, say)
+    shutil.rmtree(job.folder / "ray", ignore_errors=True)
+
+
+def _trainer(job: Job, resources: dict[str, float]) -> Any:
     from ray.train import RunConfig, ScalingConfig
 
     from .backend import KerasConfig, Trainer
 
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(SECONDS_FOR_A_REPLACEMENT))
-    resources = _resources(job)
-    job = replace(job, batch_size=_batch_size(job, resources, update))
     fewest, most = job.train.fewest_workers, job.train.most_workers
-    trainer = Trainer(
+    return Trainer(
         work,
         train_loop_config={"job": job},
         backend_config=KerasConfig(),
@@ -57,15 +72,16 @@ def train(job: Job, update: Callable[..., None], say: Callable[[str], None]) -> 
         ),
         run_config=RunConfig(name="train", storage_path=str(job.folder / "ray")),
     )
-    shutil.rmtree(job.folder / "ray", ignore_errors=True)
-    for file in (STOP_FILE, SAVE_FILE):
-        (job.folder / file).unlink(missing_ok=True)
+
+
+def _watched(job: Job, work: Callable[[], Any], update: Callable[..., None], say: Callable[[str], None]) -> None:
+    """Do the work in a thread, and meanwhile show how far it is."""
     failure: list[BaseException] = []
     done = threading.Event()
 
-    def fit() -> None:
+    def run() -> None:
         try:
-            trainer.fit()
+            work()
         except BaseException as error:
             failure.append(error)
         finally:
@@ -77,7 +93,7 @@ def train(job: Job, update: Callable[..., None], say: Callable[[str], None]) -> 
     update(f"starting workers, going on after step {reached[0]}" if reached else "starting workers")
     # In a thread, so that Ctrl-C reaches the main thread at once (Ray Train would catch it and wait). An event says when it
     # ends: in Python 3.11 a `join` that Ctrl-C interrupts takes the thread for dead.
-    threading.Thread(target=fit, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     try:
         while not done.wait(0.3):
             _save_before_a_node_goes(job, draining)
@@ -89,7 +105,6 @@ def train(job: Job, update: Callable[..., None], say: Callable[[str], None]) -> 
         raise
     if failure:
         raise failure[0]
-    shutil.rmtree(job.folder / "ray", ignore_errors=True)
 
 
 def _batch_size(job: Job, resources: dict[str, float], update: Callable[..., None]) -> int:
@@ -123,7 +138,7 @@ def _resources(job: Job) -> dict[str, float]:
     """What a worker takes. Raises RunError when the cluster could never hold the workers."""
     import ray
 
-    wanted, workers = job.train.resources, job.train.fewest_workers
+    wanted, workers = job.train.resources, job.train.fewest_workers * (job.train.pipeline.stages if job.train.pipeline else 1)
     gpus = wanted.gpus
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= job.train.most_workers else 0

@@ -6,11 +6,9 @@ exchange told all of them (`steps.Signals`), so no rank can take another way tha
 
 import contextlib
 import json
-import math
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,10 @@ from ..errors import ModelError, RunError
 from ..project import Model, Train
 from .anomaly import Detector
 from .checkpoint import Checkpoints, read
+from .course import judge, reached
 from .engine import Engine
 from .model import build, compile_parts
-from .rate import plateau, rate
+from .rate import rate
 from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, fed
 from .watch import METRICS, Watch, write_lines
 
@@ -287,35 +286,16 @@ class _Rank:
 
     def _judge(self) -> str:
         """Hold the last epoch against the ones before; why training ends, if it does."""
-        train, last = self.job.train, self.history[-1]
-        monitor = train.monitor or ("val_loss" if "val_loss" in last else "loss")
-        if monitor not in last:
-            raise ModelError(f"train.monitor: `{monitor}` is not measured: there are {', '.join(_measured(last))}")
-        up = -1 if re.search("loss|error", monitor) or monitor.removeprefix("val_") in ("mae", "mse") else 1
-        values = [up * line[monitor] for line in self.history]
-        if max(values) == values[-1]:
+        verdict = judge(self.job.train, self.history, self.lowered)
+        if verdict.best:
             self.checkpoints.best = self.step
-        if (settings := plateau(train)) and _without_better(values, settings["min_delta"]) >= settings["patience"]:
-            since = self.history[-1]["epoch"] - self.lowered
-            if since >= settings["patience"]:
-                lowest = settings["min_lr"] / train.optimizer.learning_rate
-                self.factor.assign(max(lowest, float(np.asarray(self.factor)) * settings["factor"]))
-                self.lowered = last["epoch"]
-        if train.stop.when:
-            name, sign, bound = re.fullmatch(r"(\w+) *(>=|<=|>|<) *(.+)", train.stop.when).groups()  # pyright: ignore
-            if name not in last:
-                raise ModelError(f"train.stop.when: `{name}` is not measured: there are {', '.join(_measured(last))}")
-            if _COMPARE[sign](last[name], float(bound)):
-                return f"{name} is {last[name]:.4g} ({train.stop.when})"
-        if train.stop.patience and _without_better(values, train.stop.min_delta) >= train.stop.patience:
-            return f"no better {monitor} for {train.stop.patience} epochs"
-        return self._reached()
+        if verdict.factor is not None:
+            self.factor.assign(verdict.factor(float(np.asarray(self.factor))))
+            self.lowered = self.history[-1]["epoch"]
+        return verdict.reason or self._reached()
 
     def _reached(self) -> str:
-        if self.step < self.end:
-            return ""
-        steps = self.job.train.stop.steps
-        return f"{steps} steps" if steps and self.end == steps else f"{self.job.train.epochs} epochs"
+        return reached(self.job.train, self.step, self.end)
 
     def _save(self) -> None:
         if self.watch:
@@ -356,7 +336,7 @@ class _Rank:
         keras.mixed_precision.set_global_policy("float32")
         plain = build(job.model, self.schema, job.project)
         plain.set_weights(self._exported())
-        gap = _export(plain, self.held_out if self.held_out.rows else self.part, job)
+        gap = export(plain, self.held_out if self.held_out.rows else self.part, job)
         figures = {
             "workers": self.ranks,
             "weights_sha256": self.checkpoints.digests,
@@ -376,26 +356,6 @@ class _Rank:
                     variable.assign(value)
         with self._averaged():
             return [np.asarray(w) for w in self.model.weights]
-
-
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    ">=": float.__ge__,
-    "<=": float.__le__,
-    ">": float.__gt__,
-    "<": float.__lt__,
-}
-
-
-def _measured(figures: dict) -> list[str]:
-    return [name for name in figures if name not in ("epoch", "step", "seconds", "rows_per_second", "workers")]
-
-
-def _without_better(values: list[float], delta: float) -> int:
-    """Epochs at the end without a value that beats all before it by `delta`."""
-    best, since = -math.inf, 0
-    for value in values:
-        best, since = (value, 0) if value > best + delta else (best, since + 1)
-    return since
 
 
 def _strategy(ranks: int) -> tuple[str, Any]:
@@ -435,7 +395,7 @@ def _multi_worker() -> Any:
     return strategy
 
 
-def _export(model: Any, rows: Part, job: Job) -> float:
+def export(model: Any, rows: Part, job: Job) -> float:
     """Save `model.keras` and `model.onnx`; the largest difference between the two on real rows.
 
     It is done here because TensorFlow is loaded here: its import takes longer than the export.
