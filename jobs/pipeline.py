@@ -252,7 +252,7 @@ class _Pipeline:
         if verdict.factor:
             self.lowered = figures["epoch"]
             values = self._values()
-            self._take([*values[:-1], np.float32(verdict.factor(float(values[-1])))])  # pyright: ignore[reportArgumentType]
+            self._take([*values[:-1], np.array(verdict.factor(float(values[-1])), np.float32)])
         return verdict.reason or reached(train, self.step, self.end)
 
     def _figures(self) -> dict[str, float]:
@@ -309,7 +309,7 @@ class _Pipeline:
                 continue
             note, values = read(checkpoint)
             size: Any = ray.get(self.chief.size.remote())
-            values[size - 1] = np.float32(ROLLBACK_RATE ** (self.rollbacks + 1))  # pyright: ignore[reportArgumentType]
+            values[size - 1] = np.array(ROLLBACK_RATE ** (self.rollbacks + 1), np.float32)
             write_json(checkpoint / "state.json", {**note, "rollbacks": self.rollbacks + 1, "sha256": digest(values)})
             with (checkpoint / "state.npz").open("wb") as file:
                 np.savez(file, *values)

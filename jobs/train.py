@@ -152,10 +152,12 @@ def _resources(job: Job) -> dict[str, float]:
     elif wanted.placement == "STRICT_SPREAD":
         room = [min(1, r) for r in room]
     if sum(room) < workers and not _grows():
+        stages = f" times {job.train.pipeline.stages} stages" if job.train.pipeline else ""
         asked = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
         raise RunError(
-            f"train.workers is {workers} with {asked} each ({wanted.placement}), but the cluster holds {sum(room)} of them: "
-            f"{'lower train.workers or train.resources' if not sum(room) else f'set train.workers to {sum(room)}'}, or add nodes"
+            f"train.workers is {job.train.workers}{stages} with {asked} each ({wanted.placement}), "
+            f"but the cluster holds {sum(room)} of them: "
+            f"{'lower train.workers or train.resources' if not sum(room) else f'use {sum(room)} or fewer'}, or add nodes"
         )
     each.pop(f"accelerator_type:{wanted.accelerator}", None)  # Ray Train adds it
     return each

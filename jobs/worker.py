@@ -43,7 +43,8 @@ ROLLBACK_RATE = 0.3
 STOP_FILE, SAVE_FILE = "stop", "save"
 """What the driver puts into the job's folder when it was interrupted, and when a node is about to be taken away."""
 INTERRUPTED, ANOMALY = "interrupted", "anomaly"
-SUSPECT_STEPS = 10
+SUSPECT_STEPS = 5
+"""How late an anomaly may be seen: younger checkpoints may hold it already."""
 EXPORT_ROWS = 256
 EXPORT_GAP = 1e-4
 """How far ONNX may be from Keras: of a probability, or of the largest value where values are larger than 1."""
@@ -106,7 +107,7 @@ class _Rank:
             self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla
         )
         self.watch: Watch | None = None
-        self.anomaly = ""
+        self.anomaly, self.anomaly_at = "", 0
         self.warnings: list[str] = []
         folder = job.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, state, self.strategy, rank, train.checkpoint.keep, self._warn)
@@ -136,7 +137,7 @@ class _Rank:
         self._restore()
         if self.rank == 0:
             self.watch = Watch(self.job.folder, self.job.name, self.step, self.end)
-            self.watch.event(self.step, "workers", f"{self.ranks} workers go on" if self.step else f"{self.ranks} workers begin")
+            self.watch.event(self.step, "workers", started(self.ranks, self.step))
             for text in self.warnings:
                 self._warn(text)
         try:
@@ -225,7 +226,7 @@ class _Rank:
         for found in self.detector.see(self.step - len(signals.steps), signals.steps[:, :OWN], signals.steps[:, OWN:]):
             self.watch.event(found.step, "anomaly", f"{found.text}; {self._rows_of(found.step)}")
             if found.serious and train.on_anomaly != "warn":
-                self.anomaly = found.text
+                self.anomaly, self.anomaly_at = found.text, found.step
                 again = train.on_anomaly == "rollback" and self.rollbacks < MOST_ROLLBACKS
                 self.orders |= BACK if again else GIVE_UP
         if time.monotonic() - saved > train.checkpoint.seconds:
@@ -309,9 +310,8 @@ class _Rank:
         """To the last checkpoint that is good, with a smaller learning rate."""
         at = self.step
         self.checkpoints.settle()
-        # An anomaly is seen some steps late: a checkpoint of this very moment may hold it already.
         if self.rank == 0:
-            self.checkpoints.back_to(at - SUSPECT_STEPS)
+            self.checkpoints.back_to(self.anomaly_at - SUSPECT_STEPS)
         self.steps.collect()  # all wait here until rank 0 has removed them
         rollbacks = self.rollbacks + 1
         self._restore()
@@ -356,6 +356,10 @@ class _Rank:
                     variable.assign(value)
         with self._averaged():
             return [np.asarray(w) for w in self.model.weights]
+
+
+def started(workers: int, step: int) -> str:
+    return f"{workers} worker{'s' if workers > 1 else ''}, {'going on' if step else 'from the start'}"
 
 
 def _strategy(ranks: int) -> tuple[str, Any]:

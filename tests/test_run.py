@@ -61,7 +61,7 @@ def test_metrics_have_a_line_an_epoch_and_tensorboard_the_same(digits):
     assert [line["epoch"] for line in lines] == list(range(1, 13))
     events = EventAccumulator(str(trained / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
-    found = events.Tensors("loss")
+    found = events.Tensors("epoch/loss")
     assert [event.step for event in found] == [line["step"] for line in lines]
     assert [float(make_ndarray(e.tensor_proto)) for e in found] == pytest.approx([line["loss"] for line in lines])
 
@@ -99,7 +99,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, comman
         started.wait_for(lambda: starts(stage) > before, f"the start of {stage}")
         if stage == "train":
             work = run / ".work"
-            started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
+            started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/step-*"))), "the first checkpoint")
         assert not (run / stage).exists()
         started.kill()
 
@@ -110,7 +110,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, comman
     assert stages(folder) == {"prepare": True, "train": True, "evaluate": True, "bundle": True, "predict": False}
     assert starts("prepare") == 2
     assert starts("train") == 2
-    assert "going on after epoch" in log.read_text()
+    assert "going on after step" in log.read_text()
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, 41))
     assert list((run / ".work").iterdir()) == []
@@ -128,7 +128,7 @@ def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code, st
     work = folder / "runs" / "default" / ".work"
     log = work.parent / "run.log"
     if stage == "train":
-        started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/epoch-*"))), "the first checkpoint")
+        started.wait_for(lambda: bool(list(work.glob("train-*/checkpoints/step-*"))), "the first checkpoint")
     else:
         started.wait_for(lambda: log.exists() and "reading rows" in log.read_text(), "the reading of rows")
     assert len(started.left_behind()) == 1, "its own folder, and nothing beside it"
@@ -139,7 +139,7 @@ def test_a_stopped_run_leaves_nothing_behind(tmp_path, command, number, code, st
     assert started.left_running() == []
     assert started.left_behind() == []
     if stage == "train":
-        assert list(work.glob("train-*/checkpoints/epoch-*")), "the checkpoint must survive"
+        assert list(work.glob("train-*/checkpoints/step-*")), "the checkpoint must survive"
 
 
 def test_a_model_that_does_not_fit_is_one_line_and_what_is_done_is_kept(tmp_path, command):

@@ -80,7 +80,7 @@ def _train(folder: Path, cluster, lost) -> dict:
         return time.monotonic() - started
 
     def attempts(workers: int) -> int:
-        return sum(event["text"].startswith(f"{workers} workers") for event in read_lines(run / EVENTS))
+        return sum(event["text"].startswith(f"{workers} worker") for event in read_lines(run / EVENTS))
 
     def steps_since(count: int) -> bool:
         return len(read_lines(run / STEPS)) > count

@@ -76,7 +76,7 @@ def test_a_killed_worker_loses_no_step(undisturbed, tmp_path):
     thread.join()
     assert killed
     starts = [(event["text"], event["step"] > 0) for event in read_lines(given.folder / EVENTS)]
-    assert starts == [("2 workers begin", False), ("2 workers go on", True)]
+    assert starts == [("2 workers, from the start", False), ("2 workers, going on", True)]
     same(figures, undisturbed)
 
 

@@ -9,7 +9,7 @@ from heliograph.errors import ModelError
 from heliograph.jobs.checkpoint import newest, read
 from heliograph.jobs.cut import choose, nodes, split
 from heliograph.jobs.pipeline import order
-from heliograph.project import Optimizer, Pipeline, Schedule, Stop
+from heliograph.project import Optimizer, Pipeline, Resources, Schedule, Stop
 from keras import layers
 
 from .test_train import interrupted, job, result, trained  # noqa: F401  job is a fixture
@@ -86,7 +86,7 @@ def test_a_pipeline_trains_what_one_process_trains_and_either_goes_on_with_the_o
         "replicas": (2, Pipeline(stages=2, micro_batches=3, recompute="always")),
     }
     for name, (workers, pipeline) in pipelines.items():
-        lines = trained(job, tmp_path / name, workers, pipeline=pipeline, **STRATEGY)
+        lines = trained(job, tmp_path / name, workers, pipeline=pipeline, resources=Resources(cpus=0.5), **STRATEGY)
         for line, one in zip(lines, whole, strict=True):
             for figure in ("loss", "val_loss", "accuracy", "val_accuracy"):
                 assert line[figure] == pytest.approx(one[figure], rel=1e-4), (name, figure)
