@@ -39,7 +39,8 @@ def judge(train: Train, history: list[dict], lowered: int) -> Verdict:
     values = [-line[monitor] if falls else line[monitor] for line in history]
     factor: Callable[[float], float] | None = None
     settings = plateau(train)
-    if settings and _without_better(values[lowered:], settings["min_delta"]) >= settings["patience"]:
+    waited = min(_without_better(values, settings["min_delta"]), last["epoch"] - lowered) if settings else 0
+    if settings and waited >= settings["patience"]:
         lowest = settings["min_lr"] / train.optimizer.learning_rate
         factor = functools.partial(_lower, by=settings["factor"], lowest=lowest)
 

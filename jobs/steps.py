@@ -195,7 +195,8 @@ class Steps:
 
             return [mine(v) for v in strategy.run(over_ranks)]
 
-        self._train, self._evaluate, self._sums = train_steps, evaluate_steps, sums
+        self._train: Any = train_steps
+        self._evaluate, self._sums = evaluate_steps, sums
 
     def train(self, block: "Fed", first: int, count: int, host: np.ndarray) -> Signals:
         """Train on `count` steps of a block from its step `first` on. host: `[HOST]`, what this rank has to say."""
@@ -204,6 +205,10 @@ class Steps:
         part, clock = (tf.constant(first), tf.constant(count)), tf.constant(time.time(), tf.float64)
         steps, said = self._train(block.rows, block.edges, block.everyone, *part, tf.constant(host), clock)
         return Signals(steps.numpy(), said.numpy().reshape(self.ranks, HOST))
+
+    def graph(self) -> Any:
+        """What TensorFlow made of a training call, for TensorBoard."""
+        return self._train.get_concrete_function().graph
 
     def evaluate(self, block: "Fed") -> None:
         self._evaluate(block.rows, block.edges)

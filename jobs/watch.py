@@ -50,6 +50,7 @@ class Watch:
         self.folder, self.end = folder, end
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Signals] = []
+        self.has_graph = False
         self._unwritten: list[tuple[str, bytes]] = []
         self._at = (step, 0)
         self._since = time.monotonic()
@@ -111,6 +112,7 @@ class Watch:
     def graph(self, graph: Any) -> None:
         import tensorflow as tf
 
+        self.has_graph = True
         with self._board.as_default(step=0):
             tf.summary.graph(graph)
 

@@ -31,7 +31,7 @@ from .engine import Engine
 from .model import build, compile_parts
 from .rate import rate
 from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, fed
-from .watch import METRICS, Watch, write_lines
+from .watch import BOARD, METRICS, Watch, write_lines
 
 SAVE, STOP, TIME_IS_UP, BACK, GIVE_UP = 1, 2, 4, 8, 16
 """Orders of rank 0 to all: save a checkpoint; save one and stop; the same, and the training is done; go back to the last
@@ -42,6 +42,7 @@ MOST_ROLLBACKS = 3
 ROLLBACK_RATE = 0.3
 STOP_FILE, SAVE_FILE = "stop", "save"
 """What the driver puts into the job's folder when it was interrupted, and when a node is about to be taken away."""
+PROFILE_FROM = 20
 INTERRUPTED, ANOMALY = "interrupted", "anomaly"
 SUSPECT_STEPS = 5
 """How late an anomaly may be seen: younger checkpoints may hold it already."""
@@ -108,6 +109,8 @@ class _Rank:
         )
         self.watch: Watch | None = None
         self.anomaly, self.anomaly_at = "", 0
+        self.profiled: int | None = None
+        """The step at which the profile began; -1 when it is done."""
         self.warnings: list[str] = []
         folder = job.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, state, self.strategy, rank, train.checkpoint.keep, self._warn)
@@ -149,6 +152,7 @@ class _Rank:
             elif reason != INTERRUPTED:
                 self._finish(reason)
         finally:
+            self._end_profile()
             if self.watch:
                 self.watch.close()
 
@@ -207,6 +211,7 @@ class _Rank:
                     return reason
 
     def _call(self, block: Fed, first: int, count: int, feed: Feed) -> Signals:
+        self._profile()
         self.host[ORDER], self.orders = self.orders, 0
         self.host[MEMORY] = psutil.Process().memory_info().rss / 2**20
         self.checkpoints.say(self.host)
@@ -218,11 +223,32 @@ class _Rank:
         self.host[WAIT] = min(1.0, (feed.waited - waited) / max(seconds, 1e-6))
         return signals
 
+    def _profile(self) -> None:
+        """Begin and end the profile that `train.watch.profile` asks for: rank 0's, once the first steps are over."""
+        import tensorflow as tf
+
+        if not (self.rank == 0 and self.job.train.watch.profile):
+            return
+        if self.profiled is None and self.step >= PROFILE_FROM:
+            tf.profiler.experimental.start(str(self.job.folder / BOARD))
+            self.profiled = self.step
+        elif self.profiled is not None and 0 <= self.profiled <= self.step - self.job.train.watch.profile:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        import tensorflow as tf
+
+        if self.profiled is not None and self.profiled >= 0:
+            tf.profiler.experimental.stop()
+            self.profiled = -1
+
     def _look(self, signals: Signals, saved: float) -> None:
         """Rank 0 between calls: show what was done, and see what all must do next."""
         assert self.watch and self.detector
         train, folder = self.job.train, self.job.folder
         self.watch.see(self.step, (self.step - 1) // self.part.steps + 1, signals)
+        if not self.watch.has_graph:
+            self.watch.graph(self.steps.graph())
         for found in self.detector.see(self.step - len(signals.steps), signals.steps[:, :OWN], signals.steps[:, OWN:]):
             self.watch.event(found.step, "anomaly", f"{found.text}; {self._rows_of(found.step)}")
             if found.serious and train.on_anomaly != "warn":

@@ -12,7 +12,8 @@ from heliograph.jobs.prepare import prepare
 from heliograph.jobs.train import train
 from heliograph.jobs.watch import EVENTS, METRICS, STEPS, read_lines
 from heliograph.jobs.worker import STOP_FILE, Job
-from heliograph.project import Data, Model, Optimizer, Schedule, Split, Stop, Train
+from heliograph.project import Data, Model, Optimizer, Schedule, Split, Stop, Train, Watch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ..conftest import ROOT
 
@@ -177,8 +178,14 @@ def test_half_precision_with_a_moving_average_trains_and_exports_what_was_best(j
 
 
 def test_training_stops_when_it_is_told_to(job, tmp_path):
-    lines = trained(job, tmp_path / "when", 1, epochs=50, stop=Stop(when="val_accuracy >= 0.8"))
-    assert lines[-1]["val_accuracy"] >= 0.8 > lines[-2]["val_accuracy"] if len(lines) > 1 else True
+    watched = Watch(profile=10, histograms=True)
+    lines = trained(job, tmp_path / "when", 1, epochs=50, stop=Stop(when="val_accuracy >= 0.85"), watch=watched)
+    board = tmp_path / "when" / "tensorboard"
+    assert list(board.glob("plugins/profile/*/*.xplane.pb")), "the profile that was asked for"
+    events = EventAccumulator(str(board), size_guidance={"tensors": 0}).Reload()
+    assert events.Graph().node
+    assert any(tag.endswith("kernel") for tag in events.Tags()["tensors"])
+    assert lines[-1]["val_accuracy"] >= 0.85
     assert result(tmp_path / "when")["stopped"].startswith("val_accuracy is 0.")
     schedule = Schedule(name="ReduceLROnPlateau", patience=1, factor=0.5, min_delta=10.0)
     lines = trained(job, tmp_path / "patience", 1, epochs=50, schedule=schedule, stop=Stop(patience=3, min_delta=10.0))
