@@ -90,10 +90,9 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(undisturbed, tmp_pa
         ballast = disk / "ballast"
 
         def fill_for_a_while() -> None:
-            with ballast.open("wb") as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
-                    file.flush()
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
             time.sleep(1.5)
             ballast.unlink()
 
