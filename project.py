@@ -145,9 +145,9 @@ class Pipeline(Section):
 
 class Train(Section):
     epochs: Annotated[int, Field(ge=1)] = 10
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    batch_size: int | Literal["auto"] = 64
     """Rows of one step, over all workers together; `auto`: the largest that fits, found by trial"""
-    workers: Annotated[int, Field(ge=1)] | list[int] = 1
+    workers: int | list[int] = 1
     """a number, or `[min, max]` for elastic training"""
     resources: Resources = Resources()
     pipeline: Pipeline | None = None
@@ -177,6 +177,13 @@ class Train(Section):
     """`rollback` goes back to the last good checkpoint and lowers the learning rate."""
     watch: Watch = Watch()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("batch_size", "workers")
+    @classmethod
+    def _is_at_least_one(cls, given: Any) -> Any:
+        if isinstance(given, int) and given < 1:
+            raise ValueError("should be greater than or equal to 1")
+        return given
 
     @field_validator("workers")
     @classmethod
@@ -263,7 +270,10 @@ def load(folder: Path) -> Project:
     try:
         project = Project.model_validate(value)
     except ValidationError as error:
-        problems += [_explain(item, value, lines) for item in error.errors()]
+        explained: dict[Key, tuple[int, str]] = {}
+        for item in error.errors():  # of a union, what its first member says
+            explained.setdefault(_key(item), _explain(item, value, lines))
+        problems += explained.values()
     if problems:
         raise ProjectError("\n".join(f"{file}:{line}: {text}" for line, text in sorted(set(problems))))
     return project  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -293,7 +303,7 @@ def _plain(node: yaml.Node, key: Key, lines: dict[Key, int], problems: list[tupl
 
 def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
     """One pydantic error as (line, text); the line of the nearest key that the file really has."""
-    key: Key = tuple(part for part in item["loc"] if not _is_union_tag(part))
+    key = _key(item)
     where = key
     while where and where not in lines:
         where = where[:-1]
@@ -314,6 +324,10 @@ def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
     found = item["input"]
     found = "nothing" if found is None else repr(found)
     return line, f"{_dotted(key)}: found {found[:60]}: {fits}"
+
+
+def _key(item: Any) -> Key:
+    return tuple(part for part in item["loc"] if not _is_union_tag(part))
 
 
 def _is_union_tag(part: str | int) -> bool:
