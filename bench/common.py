@@ -1,7 +1,6 @@
 """What every benchmark does: repeat in turn, print each repeat, end with one JSON line."""
 
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,10 +29,6 @@ def answer(process: subprocess.Popen) -> dict:
     if process.returncode:
         raise SystemExit(f"{process.args}: ended with {process.returncode}")
     return json.loads(out.splitlines()[-1])
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def finish(figures: dict) -> None:

@@ -16,10 +16,11 @@ import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-from common import finish, in_turn, median
+from common import finish, in_turn
 
 RATE, BATCH, MICRO, STEPS = 0.05, 64, 8, 4
 TRANSFORMER = """

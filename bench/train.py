@@ -19,11 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import answer, child, finish, in_turn, median
+from common import answer, child, finish, in_turn
 
 ROWS, BATCH, EPOCHS = 12_800, 128, 6
 MODEL = """

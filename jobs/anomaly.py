@@ -54,7 +54,7 @@ class Detector:
 
     def __init__(self, ranks: int):
         self.ranks = ranks
-        self.names = ["loss", "gradient", *(f"time {rank}" for rank in range(ranks if ranks > 1 else 1))]
+        self.names = ["loss", "gradient", *(f"time {rank}" for rank in range(ranks))]
         self._raw: deque[np.ndarray] = deque(maxlen=WINDOW)
         """Logarithms of sound steps."""
         self._z: deque[np.ndarray] = deque(maxlen=SPAN)
@@ -81,8 +81,8 @@ class Detector:
             found += self._step(done + 1 + i, own[i], seconds[i])
         return found
 
-    def back_to(self, step: int) -> None:
-        """Training went back to `step`: what was seen since then says nothing."""
+    def forget(self) -> None:
+        """Training went back to a checkpoint: the last steps say nothing of the next ones."""
         self._z.clear()
         self._sum[:] = 0.0
         self._quiet.clear()
@@ -99,7 +99,7 @@ class Detector:
         time = np.log(np.maximum(seconds, 1e-6))
         if self.ranks > 1:  # against the other ranks: whatever slows all of them is not a rank's fault
             time = np.array([time[r] - np.median(np.delete(time, r)) for r in range(self.ranks)])
-        raw = np.concatenate([np.log(np.abs(values) + floor), time[: max(1, self.ranks)]])
+        raw = np.concatenate([np.log(np.abs(values) + floor), time])
         if len(self._raw) < LEAST:
             self._raw.append(raw)
             return []
@@ -113,7 +113,7 @@ class Detector:
         recent = np.array(self._z)
         median = np.median(recent[-3:], axis=0)
         point = np.concatenate([median, self._sum])
-        strange, far = self._judge(point, recent)
+        far = self._judge(point, recent)
         sound = (z < 5.0).all() and (self._sum < self._far_sum / 2).all()
         if sound:
             self._raw.append(raw)
@@ -121,7 +121,7 @@ class Detector:
         found = []
         if own[NORM] < DEAD * np.exp(centre[1]) and own[LOSS] > 0.5 * np.exp(centre[0]):
             found += self._say(step, "gradient", f"the gradient dies: its norm is {own[NORM]:.2g}", True)
-        if strange and far is not None:
+        if far is not None:
             found += self._name(step, far, own, seconds, centre)
             self._sum[:] = 0.0
             self._held.clear()
@@ -131,19 +131,19 @@ class Detector:
             self._raw.append(self._held.popleft()[1])
         return found
 
-    def _judge(self, point: np.ndarray, recent: np.ndarray) -> tuple[bool, int | None]:
-        """(whether a model finds it strange, the signal that lies furthest out, if any lies far)."""
+    def _judge(self, point: np.ndarray, recent: np.ndarray) -> int | None:
+        """The signal that lies furthest out, if it lies far and a model finds the point strange."""
         count = len(self.names)
         over = np.maximum(point[:count] / self._far_median, point[count:] / self._far_sum)
         furthest = int(np.argmax(over))
         if over[furthest] < 1:
-            return False, None
+            return None
         if self._forest is None or self._coder is None:
-            return True, furthest
+            return furthest
         strange = self._forest.score_samples([point])[0] < self._forest_bound
         if not strange and len(recent) == SPAN:
             strange = self._error(recent.reshape(1, -1))[0] > self._coder_bound
-        return bool(strange), furthest
+        return furthest if strange else None
 
     def _learn(self, point: np.ndarray, recent: np.ndarray) -> None:
         self._points.append(point)

@@ -4,7 +4,6 @@ A worker of its own runs real steps on rows of zeros, twice as many each time, u
 it is most of what the machine has to spare), or an epoch would have fewer than eight steps, which learns badly.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def largest_batch(train: Train, model: Model, project: Path, prepared: Path, her
     specs = (schema.inputs, parts.target_dtype)
     strategy = tf.distribute.get_strategy()
     steps = Steps(net, parts.loss, parts.optimizer, parts.meters(), strategy, specs, 0, 1, train.accumulate)
-    process = psutil.Process(os.getpid())
+    process = psutil.Process()
     budget = process.memory_info().rss + SHARE * psutil.virtual_memory().available / here
     workers, most = train.fewest_workers, max(SMALLEST, manifest.rows("train") // FEWEST_STEPS)
     fits, rows = SMALLEST, SMALLEST

@@ -16,7 +16,7 @@ import hashlib
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,48 @@ from .steps import DIGEST, SAVED
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 def newest(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
+
+
+def whole(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict, list[np.ndarray]]]:
+    """(checkpoint, note, arrays) from the newest on, those left out that are damaged, of which `warn` is told."""
+    for checkpoint in newest(folder):
+        try:
+            note, values = read(checkpoint)
+        except DAMAGED as error:
+            warn(f"{checkpoint}: passed over: {error}")
+            continue
+        yield checkpoint, note, values
+
+
+def write(aside: Path, values: list[np.ndarray], note: dict, sha256: str) -> None:
+    """Fill a folder that is there with what `read` reads. sha256: the arrays' `digest`."""
+    with (aside / "state.npz").open("wb") as file:
+        np.savez(file, *values)
+    write_json(aside / "state.json", {**note, "sha256": sha256})
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` and the best one."""
+    for old in newest(folder)[keep:]:
+        if old != place(folder, best or 0):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    for checkpoint in newest(folder):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def read(checkpoint: Path) -> tuple[dict, list[np.ndarray]]:
@@ -75,12 +115,7 @@ class Checkpoints:
 
         Raises ModelError when it belongs to another model.
         """
-        for checkpoint in newest(self.folder):
-            try:
-                note, values = read(checkpoint)
-            except DAMAGED as error:
-                self.warn(f"{checkpoint}: passed over: {error}")
-                continue
+        for checkpoint, note, values in whole(self.folder, self.warn):
             own, extra = values[: len(self.variables)], values[len(self.variables) :]
             if [v.shape for v in own] != [tuple(v.shape) for v in self.variables]:
                 raise ModelError(
@@ -110,9 +145,7 @@ class Checkpoints:
         if self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            with (aside / "state.npz").open("wb") as file:
-                np.savez(file, *values)
-            write_json(aside / "state.json", {**note, "sha256": sha})
+            write(aside, values, note, sha)
         return sha
 
     def say(self, host: np.ndarray) -> None:
@@ -167,12 +200,4 @@ class Checkpoints:
             self.warn(f"{self.folder}: a checkpoint was not written ({error.strerror or error}); training goes on without it")
             return
         replace_folder(aside, self.folder / aside.name[1:].removesuffix(".part"))
-        for old in newest(self.folder)[self.keep :]:
-            if old.name != f"step-{self.best or 0:08d}":
-                shutil.rmtree(old, ignore_errors=True)
-
-    def back_to(self, step: int) -> None:
-        """Forget the checkpoints after `step`; called by rank 0 before all restore."""
-        for checkpoint in newest(self.folder):
-            if int(checkpoint.name.split("-")[1]) > step:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        prune(self.folder, self.keep, self.best)

@@ -59,6 +59,12 @@ def _lower(before: float, by: float, lowest: float) -> float:
     return max(lowest, before * by)
 
 
+def last_step(train: Train, steps_of_epoch: int) -> int:
+    """The step that a training ends with, unless something ends it before."""
+    everything = train.epochs * steps_of_epoch
+    return min(everything, train.stop.steps or everything)
+
+
 def reached(train: Train, step: int, end: int) -> str:
     """Why a training that has come to `step` of `end` is over; empty when it is not."""
     if step < end:

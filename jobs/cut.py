@@ -26,10 +26,14 @@ class Cut:
     """Of a stage's weights, gradients and Adam's moments."""
 
 
+def _graph(model: Any) -> Any:
+    """The functional model, which a Sequential one holds."""
+    return getattr(model, "_functional", model)
+
+
 def nodes(model: Any) -> list[Any]:
     """The model's operations in topological order, inputs left out. Raises ModelError for a model without a graph."""
-    functional = getattr(model, "_functional", model)  # a Sequential model holds one
-    by_depth = getattr(functional, "_nodes_by_depth", None)
+    by_depth = getattr(_graph(model), "_nodes_by_depth", None)
     if by_depth is None:
         raise ModelError("train.pipeline: the model is a subclass of keras.Model: only functional and sequential ones can be cut")
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
@@ -39,7 +43,7 @@ def split(model: Any, places: tuple[int, ...]) -> list[Any]:
     """The sub-networks between `places`, as Keras models that share the layers; inputs and outputs are lists of tensors."""
     import keras
 
-    functional = getattr(model, "_functional", model)
+    functional = _graph(model)
     order, borders = nodes(model), [list(functional.inputs)]
     borders += [_crossing(model, order, place) for place in places] + [list(functional.outputs)]
     return [keras.Model(a, b) for a, b in itertools.pairwise(borders)]
@@ -95,7 +99,7 @@ def _balance(seconds: list[float], allowed: list[int], stages: int) -> tuple[int
 
 def _crossing(model: Any, order: list[Any], place: int) -> list[Any]:
     """The tensors that are made before `place` and needed behind it."""
-    functional = getattr(model, "_functional", model)
+    functional = _graph(model)
     made = [*functional.inputs, *(t for node in order[:place] for t in node.outputs)]
     needed = {id(t) for node in order[place:] for t in node.arguments.keras_tensors} | {id(t) for t in functional.outputs}
     return [t for t in made if id(t) in needed]
@@ -115,7 +119,7 @@ def _measure(model: Any, order: list[Any], rows: Any) -> list[float]:
     """Seconds of each operation, forward, the best of three; each compiled, as it will run."""
     import tensorflow as tf
 
-    functional = getattr(model, "_functional", model)
+    functional = _graph(model)
     given = [rows[t.name] for t in functional.inputs] if isinstance(rows, dict) else [rows]
     values = {id(t): tf.convert_to_tensor(v) for t, v in zip(functional.inputs, given, strict=True)}
     seconds = []

@@ -11,7 +11,6 @@ is the ordinary whole model's, in the layout of `checkpoint.py`. A lost stage re
 """
 
 import itertools
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from ..cluster.storage import publish_folder, write_json
 from ..datasets.ingest import Part
 from ..datasets.shards import Manifest
 from ..errors import ModelError, RunError
-from .checkpoint import DAMAGED, digest, newest, read
-from .course import judge, reached
+from .checkpoint import digest, forget_after, place, prune, read, whole, write
+from .course import judge, last_step, reached
 from .cut import Cut
 from .stage import Stage
 from .steps import HOST, MEMORY, OWN, Signals
@@ -74,7 +73,8 @@ class _Pipeline:
         manifest = Manifest.read(job.prepared)
         self.part = Part(job.prepared, manifest, "train", None, 0, self.replicas, job.batch_size, None)
         self.held_out = Part(job.prepared, manifest, "validation", None, 0, self.replicas, 4 * job.batch_size, None)
-        self.end = min(train.epochs * self.part.steps, train.stop.steps or train.epochs * self.part.steps)
+        self.folder = job.folder / "checkpoints"
+        self.end = last_step(train, self.part.steps)
         actor: Any = ray.remote(Stage).options(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))
         here = self.stages * self.replicas
         self.actors: list[list[Any]] = []
@@ -107,12 +107,7 @@ class _Pipeline:
 
         self.step, self.history, self.seconds, self.rollbacks, self.lowered, self.best = 0, [], 0.0, 0, 0, None
         said: list[str] = []
-        for checkpoint in newest(self.job.folder / "checkpoints"):
-            try:
-                note, values = read(checkpoint)
-            except DAMAGED as error:
-                said.append(f"{checkpoint}: passed over: {error}")
-                continue
+        for _, note, values in whole(self.folder, said.append):
             self._take(values, note["step"] % self.part.steps > 0)
             self.step, self.history, self.seconds = note["step"], note["history"], note["seconds"]
             self.rollbacks, self.lowered, self.best = note["rollbacks"], note["lowered"], note["best"]
@@ -279,22 +274,16 @@ class _Pipeline:
         ray.get(self.chief.flush.remote())
         sums = zip(*ray.get([a.sums.remote() for a in self.actors[-1]]), strict=True)
         values = [*self._values(), *(np.sum(v, axis=0) for v in sums)]
-        folder = self.job.folder / "checkpoints"
         note = {"step": self.step, "history": self.history, "seconds": self.seconds, "rollbacks": self.rollbacks}
-        note |= {"lowered": self.lowered, "best": self.best, "sha256": digest(values)}
+        note |= {"lowered": self.lowered, "best": self.best}
+        self.digest = digest(values)
         try:
-            with publish_folder(folder / f"step-{self.step:08d}") as aside:
-                with (aside / "state.npz").open("wb") as file:
-                    np.savez(file, *values)
-                write_json(aside / "state.json", note)
+            with publish_folder(place(self.folder, self.step)) as aside:
+                write(aside, values, note, self.digest)
         except OSError as error:
-            raise RunError(
-                f"{folder}: a checkpoint cannot be written ({error.strerror}): free some space and run it again"
-            ) from None
-        self.digest = note["sha256"]
-        for old in newest(folder)[self.job.train.checkpoint.keep :]:
-            if old.name != f"step-{self.best or 0:08d}":
-                shutil.rmtree(old, ignore_errors=True)
+            text = f"{self.folder}: a checkpoint cannot be written ({error.strerror}): free some space and run it again"
+            raise RunError(text) from None
+        prune(self.folder, self.job.train.checkpoint.keep, self.best)
 
     def _alarmed(self, text: str) -> bool:
         """An anomaly that is not only to be warned of: end, or go back to the last good checkpoint with a smaller rate."""
@@ -303,16 +292,12 @@ class _Pipeline:
         if self.job.train.on_anomaly == "stop" or self.rollbacks >= MOST_ROLLBACKS:
             raise RunError(f"training stopped: {text} (train.on_anomaly is {self.job.train.on_anomaly})")
         ray.get(self.chief.close.remote())
-        for checkpoint in newest(self.job.folder / "checkpoints"):
-            if int(checkpoint.name.split("-")[1]) > self.step - SUSPECT_STEPS:
-                shutil.rmtree(checkpoint)
-                continue
-            note, values = read(checkpoint)
+        forget_after(self.folder, self.step - SUSPECT_STEPS)
+        for checkpoint, note, values in whole(self.folder, lambda _: None):
             size: Any = ray.get(self.chief.size.remote())
             values[size - 1] = np.array(ROLLBACK_RATE ** (self.rollbacks + 1), np.float32)
-            write_json(checkpoint / "state.json", {**note, "rollbacks": self.rollbacks + 1, "sha256": digest(values)})
-            with (checkpoint / "state.npz").open("wb") as file:
-                np.savez(file, *values)
+            with publish_folder(checkpoint) as aside:
+                write(aside, values, {**note, "rollbacks": self.rollbacks + 1}, digest(values))
             return False
         raise RunError(f"training stopped: {text}; there is no checkpoint from before it to go back to")
 
@@ -320,7 +305,7 @@ class _Pipeline:
         import ray
 
         values = self._values()
-        best = self.job.folder / "checkpoints" / f"step-{self.best or 0:08d}"
+        best = place(self.folder, self.best or 0)
         if self.job.train.export == "best" and best.exists():
             values = read(best)[1]
         gap, parameters = ray.get(self.actors[0][0].export.remote(ray.put(values)))

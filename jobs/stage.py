@@ -7,7 +7,6 @@ backward pass computes the rest again.
 
 import functools
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from .anomaly import Anomaly, Detector
 from .cut import Cut, choose, nodes, split
 from .model import build, compile_parts
 from .rate import rate
-from .steps import OWN, Signals, fed
+from .steps import OWN, Signals, claim, fed
 from .watch import Watch
 
 Arrays = list[np.ndarray]
@@ -51,10 +50,7 @@ class Stage:
         import keras
         import tensorflow as tf
 
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // here))
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-        for gpu in tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.set_memory_growth(gpu, True)
+        claim(here, 1)  # a second one would use another stage's core
         self.job, self.train = job, job.train
         self.index, self.stages = place
         self.replica, self.replicas = replica
@@ -204,7 +200,7 @@ class Stage:
         import tensorflow as tf
 
         given = self._given(micro, inputs)
-        if self.keeps():
+        if self.keeps:
             with tf.GradientTape() as tape:
                 tape.watch(self._floats(given))
                 made, extra = self._forward(*given)
@@ -214,13 +210,12 @@ class Stage:
             self.held[micro] = given
         return [v.numpy() for v in made]
 
+    @functools.cached_property
     def keeps(self) -> bool:
         """Whether activations are kept: asked for, or there is room for what this stage will hold of a step."""
-        if not hasattr(self, "_keeps"):
-            wish = self.train.pipeline.recompute
-            room = SHARE * psutil.virtual_memory().available / (self.stages * self.replicas)
-            self._keeps = wish == "never" or (wish == "auto" and self._activation_bytes() < room)
-        return self._keeps
+        wish = self.train.pipeline.recompute
+        room = SHARE * psutil.virtual_memory().available / (self.stages * self.replicas)
+        return wish == "never" or (wish == "auto" and self._activation_bytes() < room)
 
     def _activation_bytes(self) -> int:
         """Of all micro-batches that this stage may hold at once, every operation's output."""
@@ -233,7 +228,7 @@ class Stage:
         import tensorflow as tf
 
         gradients = [tf.convert_to_tensor(g) for g in given]
-        if self.keeps():
+        if self.keeps:
             tape, inputs, made, extra = self.held.pop(micro)
             targets, sources = [*self._floats(made), extra], [*self._values(), *self._floats(inputs)]
             found = tape.gradient(targets, sources, output_gradients=[*gradients, tf.ones(())])

@@ -10,6 +10,7 @@ and it is summed before the optimizer sees it, so `global_clipnorm` and the like
 gradient is not finite changes nothing: it is counted, its loss is reported, and the weights stay.
 """
 
+import os
 import queue
 import threading
 import time
@@ -33,6 +34,21 @@ OWN = 5
 def fed(inputs: dict[str, Any]) -> Any:
     """Inputs as a Keras model takes them: one tensor alone, several by name."""
     return inputs if len(inputs) > 1 else next(iter(inputs.values()))
+
+
+def claim(processes: int, operations: int) -> list[Any]:
+    """Take this process's share of the machine, before TensorFlow starts; the GPUs that it has.
+
+    processes: of ours on this machine. operations: how many it runs at the same time.
+    """
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    tf.config.threading.set_inter_op_parallelism_threads(operations)
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    return gpus
 
 
 @dataclass

@@ -17,9 +17,9 @@ from typing import Any
 from ..cluster.storage import read_json, write_json
 from ..errors import RunError
 from .batch import largest_batch
-from .checkpoint import newest
+from .checkpoint import newest, step_of
 from .pipeline import check_settings, train_pipelined
-from .watch import EVENTS, METRICS, STEPS, read_lines
+from .watch import EVENTS, METRICS, STEPS, last_line, read_lines
 from .worker import SAVE_FILE, STOP_FILE, Job, work
 
 SECONDS_TO_STOP = 60
@@ -87,7 +87,7 @@ def _watched(job: Job, work: Callable[[], Any], update: Callable[..., None], say
         finally:
             done.set()
 
-    reached = [int(c.name.split("-")[1]) for c in newest(job.folder / "checkpoints")]
+    reached = [step_of(c) for c in newest(job.folder / "checkpoints")]
     shown = len(read_lines(job.folder / EVENTS))
     draining: set[str] = set()
     update(f"starting workers, going on after step {reached[0]}" if reached else "starting workers")
@@ -187,11 +187,10 @@ def _show(job: Job, shown: int, update: Callable[..., None], say: Callable[[str]
     for event in events[shown:]:
         if event["kind"] != "workers" or event["step"]:
             say(f"step {event['step']}: {event['text']}")
-    steps, epochs = read_lines(job.folder / STEPS)[-1:], read_lines(job.folder / METRICS)[-1:]
-    if steps:
-        line = steps[0]
+    line, epoch = last_line(job.folder / STEPS), last_line(job.folder / METRICS)
+    if line:
         said = f"epoch {line['epoch']}/{job.train.epochs}"
         said += f"  loss {line['loss']:.3f}" if line["loss"] is not None else ""
-        said += "".join(f"  {k} {v:.3f}" for e in epochs for k, v in e.items() if k in ("val_loss", "val_accuracy", "val_mae"))
+        said += "".join(f"  {k} {v:.3f}" for k, v in epoch.items() if k in ("val_loss", "val_accuracy", "val_mae"))
         update(f"{said}  {line['rows_per_second']:,.0f} rows/s", line["step"], line["end"])
     return len(events)

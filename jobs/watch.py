@@ -12,6 +12,7 @@ Ray's own exporter.
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from .steps import FINITE, LOSS, MEMORY, NORM, OWN, RATE, ROWS, WAIT, Signals
 
 METRICS, STEPS, EVENTS, BOARD = "metrics.jsonl", "steps.jsonl", "events.jsonl", "tensorboard"
 EVERY_SECONDS = 0.5
+TAIL_BYTES = 64 << 10
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -34,6 +36,18 @@ def read_lines(file: Path) -> list[dict]:
         with contextlib.suppress(ValueError):  # cut short by a full disk
             found.append(json.loads(line))
     return found
+
+
+def last_line(file: Path) -> dict:
+    """The last whole line of a JSON-lines file, however long the file is; empty when there is none."""
+    if not file.exists():
+        return {}
+    with file.open("rb") as lines:
+        lines.seek(max(0, lines.seek(0, os.SEEK_END) - TAIL_BYTES))
+        last = lines.read().split(b"\n")[-2:-1]
+    with contextlib.suppress(ValueError):  # cut short by a full disk
+        return json.loads(last[0]) if last else {}
+    return {}
 
 
 def write_lines(file: Path, lines: list[dict]) -> None:

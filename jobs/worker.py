@@ -25,12 +25,12 @@ from ..datasets.shards import TARGET, Manifest
 from ..errors import ModelError, RunError
 from ..project import Model, Train
 from .anomaly import Detector
-from .checkpoint import Checkpoints, read
-from .course import judge, reached
+from .checkpoint import Checkpoints, forget_after, place, read
+from .course import judge, last_step, reached
 from .engine import Engine
 from .model import build, compile_parts
 from .rate import rate
-from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, fed
+from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim, fed
 from .watch import BOARD, METRICS, Watch, write_lines
 
 SAVE, STOP, TIME_IS_UP, BACK, GIVE_UP = 1, 2, 4, 8, 16
@@ -78,20 +78,18 @@ def work(config: dict) -> None:
 class _Rank:
     def __init__(self, job: Job, rank: int, ranks: int, ranks_here: int):
         import keras
-        import tensorflow as tf
 
         self.job, self.rank, self.ranks = job, rank, ranks
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-        tf.config.threading.set_inter_op_parallelism_threads(2)
+        gpus = claim(ranks_here, 2)
         train = job.train
         self.schema, self.manifest = Schema.read(job.prepared), Manifest.read(job.prepared)
         keras.utils.set_random_seed(train.seed)
         keras.mixed_precision.set_global_policy(train.precision)
-        self.device, self.strategy = _strategy(ranks)
+        self.device, self.strategy = _strategy(ranks, gpus)
         batch = job.batch_size
         self.part = Part(job.prepared, self.manifest, "train", job.keys, rank, ranks, batch, train.seed)
         self.held_out = Part(job.prepared, self.manifest, "validation", job.keys, rank, ranks, 4 * batch, None)
-        self.end = min(train.epochs * self.part.steps, train.stop.steps or train.epochs * self.part.steps)
+        self.end = last_step(train, self.part.steps)
         with self.strategy.scope():
             self.model = build(job.model, self.schema, job.project)
             schedule, self.factor = rate(train, self.end)
@@ -337,7 +335,7 @@ class _Rank:
         at = self.step
         self.checkpoints.settle()
         if self.rank == 0:
-            self.checkpoints.back_to(self.anomaly_at - SUSPECT_STEPS)
+            forget_after(self.checkpoints.folder, self.anomaly_at - SUSPECT_STEPS)
         self.steps.collect()  # all wait here until rank 0 has removed them
         rollbacks = self.rollbacks + 1
         self._restore()
@@ -346,14 +344,13 @@ class _Rank:
         if self.watch and self.detector:
             self.watch.back_to(self.step)
             self.watch.event(at, "rollback", f"back to step {self.step}, learning rate ×{ROLLBACK_RATE**rollbacks:.2g}")
-            self.detector.back_to(self.step)
+            self.detector.forget()
 
     def _finish(self, stopped: str) -> None:
         """What is left in the folder when the training is done."""
         import keras
 
         job = self.job
-        self.checkpoints.settle(must=True)
         if self.rank or self.watch is None:
             return
         self.watch.close()
@@ -375,7 +372,7 @@ class _Rank:
 
     def _exported(self) -> list[np.ndarray]:
         """The model's weights that become the bundle, in the order of `model.weights`."""
-        best = self.checkpoints.folder / f"step-{self.checkpoints.best or 0:08d}"
+        best = place(self.checkpoints.folder, self.checkpoints.best or 0)
         if self.job.train.export == "best" and best.exists():
             with self.strategy.scope():
                 for variable, value in zip(self.checkpoints.variables, read(best)[1], strict=False):
@@ -388,16 +385,13 @@ def started(workers: int, step: int) -> str:
     return f"{workers} worker{'s' if workers > 1 else ''}, {'going on' if step else 'from the start'}"
 
 
-def _strategy(ranks: int) -> tuple[str, Any]:
+def _strategy(ranks: int, gpus: list[Any]) -> tuple[str, Any]:
     """(the device that batches go to, the strategy) of a rank: all GPUs that Ray gave it, mirrored, and the other ranks.
 
     HELIOGRAPH_LOGICAL_DEVICES=n stands in for n GPUs where there is none: n logical CPU devices (one worker only).
     """
     import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
     logical = int(os.environ.get("HELIOGRAPH_LOGICAL_DEVICES", "1"))
     device = "GPU:0" if len(gpus) == 1 else "CPU:0"
     if ranks > 1:
