@@ -8,6 +8,7 @@ which key is wrong and the node map says where it stands.
 """
 
 import difflib
+import itertools
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -40,24 +41,208 @@ class Split(Section):
 
 
 class Step(Section):
-    """One preprocessing step, fitted on the training split alone."""
+    """One preprocessing step. What it fits, it fits on the training split alone."""
 
-    step: Literal["standardise", "min_max"]
     columns: list[str] | None = None
-    """The columns that it changes (default: every feature)."""
+    """The columns that it changes (default: every one that it can)."""
+
+
+class Impute(Step):
+    """Fill empty cells; without this step, a row with an empty number is a bad row."""
+
+    step: Literal["impute"]
+    by: Literal["mean", "median", "most_frequent", "constant"] = "mean"
+    """`most_frequent` or `constant` for text"""
+    value: float | int | str | None = None
+    """The constant."""
+
+    @model_validator(mode="after")
+    def _has_its_constant(self):
+        if (self.by == "constant") != (self.value is not None):
+            raise ValueError("`value` goes with `by: constant`, and `by: constant` needs it")
+        return self
+
+
+class Standardise(Step):
+    """To mean 0 and deviation 1."""
+
+    step: Literal["standardise"]
+
+
+class MinMax(Step):
+    """To the range 0 to 1."""
+
+    step: Literal["min_max"]
+
+
+class RobustScale(Step):
+    """Median to 0, quartiles one apart: outliers do not move it."""
+
+    step: Literal["robust_scale"]
+
+
+class Log(Step):
+    """sign(x) log(1 + |x|): long tails shorter, zero and negative numbers too."""
+
+    step: Literal["log"]
+
+
+class Clip(Step):
+    """Between two numbers, or between two quantiles of the training rows."""
+
+    step: Literal["clip"]
+    low: float | None = None
+    high: float | None = None
+    quantiles: list[float] | None = None
+    """`[0.01, 0.99]`: fitted bounds instead of `low` and `high`"""
+
+    @model_validator(mode="after")
+    def _has_bounds(self):
+        if (self.quantiles is None) == (self.low is None and self.high is None):
+            raise ValueError("clip needs `low` or `high` or both, or `quantiles: [low, high]`")
+        if self.quantiles is not None and not (len(self.quantiles) == 2 and 0 <= self.quantiles[0] < self.quantiles[1] <= 1):
+            raise ValueError("quantiles are [low, high], with 0 <= low < high <= 1")
+        return self
+
+
+class Bucketise(Step):
+    """The number of the bucket that a value lies in."""
+
+    step: Literal["bucketise"]
+    edges: list[float] | None = None
+    """Between the buckets, rising (default: quantiles, so that all buckets hold the same share of rows)."""
+    buckets: Annotated[int, Field(ge=2, le=1000)] = 10
+
+    @field_validator("edges")
+    @classmethod
+    def _rise(cls, edges: list[float] | None) -> list[float] | None:
+        if edges is not None and (not edges or any(a >= b for a, b in itertools.pairwise(edges))):
+            raise ValueError("edges should rise, one at least")
+        return edges
+
+
+class OneHot(Step):
+    """A 0 or 1 a value; what training has not seen is all 0."""
+
+    step: Literal["one_hot"]
+    most: Annotated[int, Field(ge=1)] = 100
+    """Values that get a place, the most frequent ones."""
+
+
+class Ordinal(Step):
+    """The number of a value in its order; what training has not seen is 0."""
+
+    step: Literal["ordinal"]
+    most: Annotated[int, Field(ge=1)] = 10_000
+
+
+class Hash(Step):
+    """A 0 or 1 a bucket that the value's hash falls into: for text with too many values to list."""
+
+    step: Literal["hash"]
+    buckets: Annotated[int, Field(ge=2, le=65536)] = 64
+
+
+class DateParts(Step):
+    """Numbers of a time (UTC): sine and cosine of what comes round, and `trend`, the years since 2000 over 25."""
+
+    step: Literal["date_parts"]
+    parts: list[Literal["trend", "month", "day", "weekday", "hour", "minute"]] = ["trend", "month", "weekday", "hour"]
+
+
+class Tokenise(Step):
+    """Text to the ids of its words, `length` of them: 0 fills up, 1 is a word that training has not seen."""
+
+    step: Literal["tokenise"]
+    length: Annotated[int, Field(ge=1)] = 64
+    vocabulary: Annotated[int, Field(ge=3)] = 20_000
+    """Ids, the most frequent words"""
+    lower: bool = True
+
+
+class Pad(Step):
+    """Lists of numbers, each of its own length, to one length: cut, or filled up with `value`."""
+
+    step: Literal["pad"]
+    length: Annotated[int, Field(ge=1)]
+    value: float = 0.0
+
+
+class Resize(Step):
+    """Decode images, and bring them to one size; shards keep bytes, the model gets numbers from 0 to 1."""
+
+    step: Literal["resize"]
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    channels: Literal[1, 3] = 3
+    how: Literal["stretch", "crop", "pad"] = "stretch"
+    """`crop` keeps the proportions and the middle; `pad` keeps all and adds black"""
+
+
+class Normalise(Step):
+    """(x - mean) / deviation by numbers that are given, one or one a channel: what a pretrained model expects."""
+
+    step: Literal["normalise"]
+    mean: list[float]
+    deviation: list[float]
+
+
+class Function(Step):
+    """A column of your own: `def call(a, b) -> values`, given the columns as arrays, in order, and any number of rows."""
+
+    step: Literal["function"]
+    call: Annotated[str, Field(pattern=r"^\w+:\w+$")]
+    """`file:function` in the project; its file imports NumPy and the standard library at most"""
+    name: str
+    """of the new column, which other steps may then change"""
+    columns: list[str]  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    keep: bool = True
+    """Whether the columns that it reads are features still."""
+
+
+AnyStep = Annotated[
+    Impute
+    | Standardise
+    | MinMax
+    | RobustScale
+    | Log
+    | Clip
+    | Bucketise
+    | OneHot
+    | Ordinal
+    | Hash
+    | DateParts
+    | Tokenise
+    | Pad
+    | Resize
+    | Normalise
+    | Function,
+    Field(discriminator="step"),
+]
+STEPS: dict[str, type[BaseModel]] = {c.model_fields["step"].annotation.__args__[0]: c for c in get_args(get_args(AnyStep)[0])}
+Kind = Literal["number", "text", "time", "image", "tensor", "list"]
 
 
 class Data(Section):
     source: str
-    """`sklearn://digits`, or a path or glob of `.parquet` or `.csv` files, relative to the project"""
-    target: str
-    """the column to predict"""
+    """`sklearn://digits`, a path or glob or `s3://` address of files or of images in folders, or `file:function`"""
+    target: str = "label"
+    """the column to predict (of images: `label`, the folder)"""
     features: list[str] | None = None
     """The columns to predict from (default: all others)."""
+    weight: str | None = None
+    """A column of the rows' weights in the loss, no feature."""
+    types: dict[str, Kind] = {}
+    """What a column holds, where its file does not say it right; `image` for a column of paths of image files."""
     task: Literal["classification", "regression"] | None = None
     """default: classification for text and for up to 100 whole numbers, else regression"""
     split: Split = Split()
-    preprocess: list[Step] = [Step(step="standardise")]
+    preprocess: list[AnyStep] | None = None
+    """In order (default: what the kinds of the columns suggest; `heliograph check` shows it)."""
+    inputs: dict[str, list[str]] | None = None
+    """The model's inputs and the columns of each (default: all numbers are `features`, everything else is its own)."""
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """The share of rows that may be unusable before the run stops; they go to `quarantine.jsonl`."""
     shards: Annotated[int, Field(ge=1, le=4096)] = 8
     """Files a split is cut into, and so the most workers that can train on it."""
     encrypt: bool = True
@@ -309,15 +494,21 @@ def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
         where = where[:-1]
     line = lines.get(where, 1)
     match item["type"]:
+        case "union_tag_invalid" | "union_tag_not_found":
+            found, known = item["ctx"].get("tag"), list(STEPS)
+            near = difflib.get_close_matches(str(found), known, 1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+            line = lines.get((*key, "step"), line)
+            return line, f"{_dotted((*key, 'step'))}: " + (f"found {found!r}: {hint}" if found else f"is missing: {hint}")
         case "extra_forbidden":
-            known = _known_keys(key[:-1])
+            known = _known_keys(key[:-1], value)
             near = difflib.get_close_matches(str(key[-1]), known, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
             return line, f"{_dotted(key)}: unknown key: {hint}"
         case "missing":
-            return line, f"{_dotted(key)}: is missing: {_says(key)}"
+            return line, f"{_dotted(key)}: is missing: {_says(key, value)}"
         case "string_pattern_mismatch":
-            return line, f"{_dotted(key)}: found {item['input']!r}: should be {_says(key)}"
+            return line, f"{_dotted(key)}: found {item['input']!r}: should be {_says(key, value)}"
     fits = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not key:
         return line, fits
@@ -327,7 +518,8 @@ def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
 
 
 def _key(item: Any) -> Key:
-    return tuple(part for part in item["loc"] if not _is_union_tag(part))
+    loc = item["loc"]
+    return tuple(p for i, p in enumerate(loc) if not _is_union_tag(p) and not (i and isinstance(loc[i - 1], int) and p in STEPS))
 
 
 def _is_union_tag(part: str | int) -> bool:
@@ -335,28 +527,34 @@ def _is_union_tag(part: str | int) -> bool:
     return part in ("bool", "int", "float", "str") or (isinstance(part, str) and "[" in part)
 
 
-def _section(key: Key) -> type[BaseModel] | None:
-    """The model of the section at `key`."""
+def _section(key: Key, value: Any) -> type[BaseModel] | None:
+    """The model of the section at `key` of a file that holds `value`."""
     here: Any = Project
     for part in key:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            value = {}
         if isinstance(part, int):
+            if here is AnyStep:
+                here = STEPS.get(str(value.get("step"))) if isinstance(value, dict) else None
             continue
         if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
             return None
         here = here.model_fields[part].annotation
-        if get_origin(here) in (list, Union, UnionType):
+        while get_origin(here) in (list, Union, UnionType):
             here = get_args(here)[0]
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 
-def _known_keys(key: Key) -> list[str]:
-    section = _section(key)
+def _known_keys(key: Key, value: Any) -> list[str]:
+    section = _section(key, value)
     return list(section.model_fields) if section else []
 
 
-def _says(key: Key) -> str:
+def _says(key: Key, value: Any) -> str:
     """What belongs at `key`: the text under its field."""
-    section = _section(key[:-1])
+    section = _section(key[:-1], value)
     field = section.model_fields.get(str(key[-1])) if section else None
     return (field and field.description) or "it has no default"
 

@@ -81,7 +81,7 @@ def prepared(folder: Path, count: int, code: str):
     write_rows(folder, count)
     (folder / "model.py").write_text(code)
     keys = KeyStore(folder / "keys")
-    keys.secret(DATA_KEY, create=True)
+    keys.rotate(DATA_KEY)
     (folder / "prepared").mkdir()
     data = Data(source="*.parquet", target="y", split=Split(validation=0.0, test=0.02), preprocess=[])
     prepare(data, folder, keys, folder / "prepared", lambda *_: None)

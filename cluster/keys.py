@@ -1,6 +1,6 @@
 """The key store: a folder of key files that only their owner can read.
 
-    data-1.key        32 bytes: wraps the data keys of encrypted shards (AES-256-GCM)
+    data-1.key        32 bytes: wraps the data keys of encrypted shards (AES-256-GCM); `rotate` adds data-2, data-3, …
     signing.key/.pub  EC P-256, PEM: signs bundles and key configurations
     NAME-hpke-1.key   32 bytes, X25519: opens the encapsulated requests of the model NAME
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ..errors import KeyStoreError
 
-DATA_KEY = "data-1"
+DATA_KEY = "data"
 
 
 class KeyStore:
@@ -37,15 +37,36 @@ class KeyStore:
             raise KeyStoreError(f"{file}: has {len(key)} bytes, a key has 32: restore it from a backup")
         return key
 
-    def wrap(self, key_id: str, plain: bytes) -> bytes:
-        """Encrypt a data key: 12 bytes nonce, then AES-256-GCM with the key's id as associated data."""
-        nonce = secrets.token_bytes(12)
-        return nonce + AESGCM(self.secret(key_id)).encrypt(nonce, plain, key_id.encode())
+    def versions(self, name: str) -> list[int]:
+        """Of a key that can be rotated, oldest first."""
+        found = (f.stem.removeprefix(f"{name}-") for f in self.folder.glob(f"{name}-*.key"))
+        return sorted(int(v) for v in found if v.isdigit())
 
-    def unwrap(self, key_id: str, wrapped: bytes) -> bytes:
+    def rotate(self, name: str) -> int:
+        """Add a version of a key, the first one too; what is wrapped from now on is wrapped by it."""
+        version = max(self.versions(name), default=0) + 1
+        self.secret(f"{name}-{version}", create=True)
+        return version
+
+    def retire(self, name: str) -> int:
+        """Remove all versions but the newest; how many. What they wrapped and nobody wrapped anew is lost."""
+        old = self.versions(name)[:-1]
+        for version in old:
+            (self.folder / f"{name}-{version}.key").unlink()
+        return len(old)
+
+    def wrap(self, name: str, plain: bytes) -> bytes:
+        """Encrypt a data key with the newest version: 4 bytes version, 12 bytes nonce, then AES-256-GCM with the key's id as
+        associated data."""
+        version = max(self.versions(name), default=1)
+        key_id, nonce = f"{name}-{version}", secrets.token_bytes(12)
+        return version.to_bytes(4) + nonce + AESGCM(self.secret(key_id)).encrypt(nonce, plain, key_id.encode())
+
+    def unwrap(self, name: str, wrapped: bytes) -> bytes:
         """The inverse of `wrap`. Raises KeyStoreError when this store's key is not the one that wrapped."""
+        key_id = f"{name}-{int.from_bytes(wrapped[:4])}"
         try:
-            return AESGCM(self.secret(key_id)).decrypt(wrapped[:12], wrapped[12:], key_id.encode())
+            return AESGCM(self.secret(key_id)).decrypt(wrapped[4:16], wrapped[16:], key_id.encode())
         except InvalidTag:
             raise KeyStoreError(f"{self.folder}: its key `{key_id}` is not the one that encrypted this data") from None
 

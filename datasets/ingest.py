@@ -25,7 +25,7 @@ import numpy as np
 from ..cluster.keys import KeyStore
 from . import shards
 from .schema import Schema
-from .shards import TARGET, Manifest, SplitName
+from .shards import TARGET, WEIGHT, Manifest, SplitName
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ class Block:
     """`[rows, …]` by name."""
     target: np.ndarray
     """`[rows]`."""
+    weight: np.ndarray
+    """float32 `[rows]`, of each row in the loss."""
     edges: np.ndarray
     """int32 `[steps + 1]`: step `i` has the rows from `edges[i]` to `edges[i + 1]`."""
     everyone: np.ndarray
@@ -157,8 +159,10 @@ def blocks(part: Part, first: int, end: int) -> Iterator[Block]:
             held.append(next(views))
         taken, held = _take(held, rows)
         target = taken.pop(TARGET)
+        weight = taken.pop(WEIGHT, None)
+        weight = np.ones(len(target), np.float32) if weight is None else weight
         edges = np.cumsum([0, *(mine for mine, _ in some)], dtype=np.int32)
-        yield Block(taken, target, edges, np.array([everyone for _, everyone in some], np.float32))
+        yield Block(taken, target, weight, edges, np.array([everyone for _, everyone in some], np.float32))
         step += len(some)
 
 

@@ -1,10 +1,23 @@
-"""The schema: which columns a model reads, of what shape, and what it predicts.
+"""The schema: which columns a model reads, what each holds, and what it predicts.
 
 It is inferred once from the source, travels in the bundle, and checks every request: training rows and request rows
-become arrays through the same two functions, `arrays` and `parse_instances`.
+become the same columns through two functions, `typed` and `parse_instances`.
+
+Columns are, by kind:
+
+    number   float64 `[rows]`, NaN where empty
+    time     float64 `[rows]`, seconds since 1970 UTC, NaN where empty
+    tensor   float32 `[rows, *shape]`
+    text     Arrow strings, null where empty
+    image    Arrow binary, an encoded image each
+    list     Arrow lists of float64
 """
 
+import base64
+import contextlib
+import hashlib
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +29,24 @@ from pydantic import BaseModel, ConfigDict
 
 from ..cluster.storage import read_json
 from ..errors import DataError, RequestError
-from ..project import Data
+from ..project import Data, Kind
 
+Column = np.ndarray | pa.Array
+Columns = dict[str, Any]
+"""A `Column` a name, all with the same number of rows."""
 MOST_CLASSES = 100
 """A target of numbers with more values than these is a regression, unless `data.task` says otherwise."""
+PIXEL = np.float32(1 / 255)
 
 
 class Feature(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
-    shape: tuple[int, ...]
-    """Of one row: `()` for a number, `(8, 8)` for an image of 64 numbers."""
+    kind: Kind = "number"
+    shape: tuple[int, ...] = ()
+    """Of one row of a tensor."""
+    optional: bool = False
+    """Whether it may be empty."""
 
 
 class Schema(BaseModel):
@@ -36,19 +56,13 @@ class Schema(BaseModel):
     classes: tuple[str | int, ...] = ()
     """The labels in the order of the model's outputs (classification)."""
     features: tuple[Feature, ...]
+    inputs: dict[str, tuple[int, ...]] = {}
+    """The model's inputs and their shapes, without the batch: what preprocessing makes of the features."""
 
     @classmethod
     def read(cls, folder: Path) -> "Schema":
         """The schema of what `prepare` made, or of a bundle."""
         return cls.model_validate(read_json(folder / "schema.json"))
-
-    @property
-    def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The model's inputs and their shapes, without the batch: a tensor column is an input of its own; all numbers
-        together are the input `features`."""
-        numbers = [f for f in self.features if f.shape == ()]
-        tensors = {f.name: f.shape for f in self.features if f.shape != ()}
-        return ({"features": (len(numbers),)} if numbers else {}) | tensors
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -62,89 +76,284 @@ class Schema(BaseModel):
         """Numbers that the model answers for a row: a probability per class, or one value."""
         return len(self.classes) or 1
 
+    def columns(self, table: pa.Table) -> Columns:
+        """The features of a table that `typed` made, or of a test shard."""
+        return {f.name: column_of(table.column(f.name), f.kind) for f in self.features}
+
 
 def require(columns: list[str], names: list[str], where: str) -> None:
     """Raises DataError for the first of `columns` that is not among `names`."""
     for column in columns:
         if column not in names:
-            raise DataError(f"{where}: has no column `{column}`: its columns are {_listed(names)}")
+            raise DataError(f"{where}: has no column `{column}`: its columns are {listed(names)}")
 
 
-def infer(head: pa.Table, column: pa.ChunkedArray, data: Data, where: str) -> Schema:
-    """The schema of a source: the features by their types in its first rows, the target by the whole of its column.
-
-    where: names the source in errors. Raises DataError.
-    """
-    target = data.target
-    chosen = data.features or [name for name in head.column_names if name != target]
-    if target in chosen:
-        raise DataError(f"{where}: `{target}` is the target, it cannot be a feature too")
+def infer(head: pa.Table, data: Data, where: str) -> tuple[Feature, ...]:
+    """The features of a source by the types and values of its first rows. Raises DataError, which names `where`."""
+    weight = [data.weight] if data.weight else []
+    chosen = data.features or [n for n in head.column_names if n not in (data.target, PATH, *weight)]
+    require([data.target, *weight, *chosen, *data.types], head.column_names, where)
+    if data.target in chosen:
+        raise DataError(f"{where}: `{data.target}` is the target, it cannot be a feature too")
     if not chosen:
-        raise DataError(f"{where}: has no column but the target `{target}`")
-    described = tuple(Feature(name=n, shape=_shape(head.column(n), n, where)) for n in chosen)
-    classes = _classes(column, data, where)
-    return Schema(task="classification" if classes else "regression", target=target, classes=classes, features=described)
+        raise DataError(f"{where}: has no column but the target `{data.target}`")
+    return tuple(_feature(n, head.column(n), data.types.get(n), where) for n in chosen)
 
 
-def _classes(column: pa.ChunkedArray, data: Data, where: str) -> tuple[str | int, ...]:
-    """The labels of the target, in order; none for a regression."""
-    name, kind = f"{where}: target `{data.target}`", column.type
-    fractional = pt.is_floating(kind)
-    if column.null_count:
-        raise DataError(f"{name} is empty in {column.null_count} rows: drop or fill them")
-    if not (fractional or pt.is_integer(kind) or pt.is_boolean(kind) or pt.is_string(kind) or pt.is_large_string(kind)):
-        raise DataError(f"{name} is {kind}: numbers or text can be predicted")
-    values = column.unique().to_pylist()
-    if fractional and not all(map(math.isfinite, values)):
-        raise DataError(f"{name} holds NaN or infinity: drop or fill those rows")
-    numbers = fractional or pt.is_integer(kind)
-    whole = not fractional or all(v == int(v) for v in values)
-    task = data.task or ("regression" if numbers and (not whole or len(values) > MOST_CLASSES) else "classification")
-    if task == "regression":
-        if not numbers:
-            raise DataError(f"{name} is {kind}: a regression needs numbers")
-        return ()
-    if not whole:
-        raise DataError(f"{name} has fractions: classes are whole numbers or text")
-    if len(values) < 2:
-        raise DataError(f"{name} has one class only ({values[0]!r}): there is nothing to tell apart")
-    return tuple(sorted(v if isinstance(v, str) else int(v) for v in values))
+PATH = "path"
+"""A column that sources of images add for people; no feature unless named."""
 
 
-def arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
-    """The features as float32 arrays `[rows, *shape]`, by name. Raises DataError for empty cells and NaN."""
-    out = {}
-    for feature in schema.features:
-        try:
-            values = to_numpy(table.column(feature.name)).astype(np.float32)
-            out[feature.name] = values.reshape(len(table), *feature.shape)
-        except (ValueError, TypeError, pa.ArrowInvalid):
-            raise DataError(
-                f"column `{feature.name}`: not every row has the shape {list(feature.shape)} of its first row"
-            ) from None
-        bad = len(table) - int(np.isfinite(out[feature.name]).reshape(len(table), -1).all(axis=1).sum())
-        if bad:
-            raise DataError(f"column `{feature.name}`: empty, NaN or infinite in {bad} rows: drop or fill them")
+def _feature(name: str, column: pa.ChunkedArray, kind: Kind | None, where: str) -> Feature:
+    kind = kind or _kind(column)
+    if kind is None:
+        advice = "say what it holds in data.types, or leave it out of data.features"
+        raise DataError(f"{where}: column `{name}` is {column.type}: {advice}")
+    if kind != "tensor":
+        return Feature(name=name, kind=kind)
+    if isinstance(column.type, pa.BaseExtensionType):
+        return Feature(name=name, kind=kind, shape=tuple(column.type.shape))
+    first = next((np.asarray(v.as_py()) for v in column if v.is_valid), None)
+    if first is None or first.dtype == object:
+        raise DataError(f"{where}: column `{name}`: its first row is no tensor")
+    return Feature(name=name, kind=kind, shape=first.shape)
+
+
+def _kind(column: pa.ChunkedArray) -> Kind | None:
+    """What a column seems to hold; None for what cannot be used."""
+    kind = kind_of(column.type)
+    if kind == "list":
+        lengths = pc.unique(pc.list_value_length(column).drop_null())  # pyright: ignore[reportAttributeAccessIssue]
+        return "tensor" if len(lengths) == 1 else "list"
+    return kind
+
+
+def kind_of(kind: pa.DataType) -> Kind | None:
+    """What an Arrow type holds; None for what cannot be used."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return "tensor" if hasattr(kind, "shape") else None
+    if _is_list(kind):
+        inner = kind.value_type
+        while _is_list(inner):
+            inner = inner.value_type
+        if not (pt.is_integer(inner) or pt.is_floating(inner)):
+            return None
+        return "list" if inner is kind.value_type or inner == kind.value_type else "tensor"
+    tests: list[tuple[Any, Kind]] = [
+        (pt.is_integer, "number"), (pt.is_floating, "number"), (pt.is_boolean, "number"), (pt.is_decimal, "number"),
+        (pt.is_null, "number"), (pt.is_string, "text"), (pt.is_large_string, "text"), (pt.is_dictionary, "text"),
+        (pt.is_timestamp, "time"), (pt.is_date, "time"), (pt.is_binary, "image"), (pt.is_large_binary, "image"),
+    ]  # fmt: skip
+    return next((found for test, found in tests if test(kind)), None)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+
+
+class Bad:
+    """Which rows of a table are not usable, and the first reason of each."""
+
+    def __init__(self, rows: int):
+        self.mask = np.zeros(rows, bool)
+        self.reasons: dict[int, tuple[str, str]] = {}
+
+    def add(self, mask: np.ndarray, column: str, reason: str) -> None:
+        for row in np.flatnonzero(mask & ~self.mask):
+            self.reasons[int(row)] = (column, reason)
+        self.mask |= mask
+
+
+def typed(table: pa.Table, features: tuple[Feature, ...], bad: Bad) -> Columns:
+    """A source's rows as columns of their kinds; what does not fit its kind is noted in `bad`, and NaN, null or zeros here."""
+    out: Columns = {}
+    for feature in features:
+        column, name = table.column(feature.name), feature.name
+        given_null = column.is_null().to_numpy()
+        if feature.kind in ("number", "time"):
+            values = numbers(column) if feature.kind == "number" else _times(column)
+            bad.add(np.isnan(values) & ~given_null & ~_is_nan(column), name, f"not a {feature.kind}")
+            bad.add(np.isinf(values), name, "infinite")
+            empty = np.isnan(values)
+        elif feature.kind == "tensor":
+            values, unfit = _tensors(column, feature.shape)
+            bad.add(unfit, name, f"not numbers in the shape {list(feature.shape)}")
+            bad.add(np.asarray(~np.isfinite(values).reshape(len(values), -1).all(axis=1)), name, "holds NaN or infinity")
+            empty = given_null
+        else:
+            values = _cast(column, {"text": pa.string(), "image": pa.binary(), "list": pa.list_(pa.float64())}[feature.kind])
+            bad.add(values.is_null().to_numpy(zero_copy_only=False) & ~given_null, name, f"not a {feature.kind}")
+            empty = given_null
+        if not feature.optional:
+            bad.add(empty, name, "empty")
+        out[name] = values
     return out
 
 
-def labels(table: pa.Table, schema: Schema) -> np.ndarray:
-    """The target as int64 class indices, or float32 values."""
-    column = table.column(schema.target)
+def _is_nan(column: pa.ChunkedArray) -> np.ndarray:
+    if not pt.is_floating(column.type):
+        return np.zeros(len(column), bool)
+    return pc.is_nan(column).fill_null(False).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """float64, NaN for what is empty or no number."""
+    if pt.is_null(column.type):
+        return np.full(len(column), np.nan)
+    try:
+        if pt.is_string(column.type) or pt.is_large_string(column.type):
+            column = pc.utf8_trim_whitespace(column)  # pyright: ignore[reportAttributeAccessIssue]
+        return pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64, copy=False)
+    except (pa.ArrowException, ValueError):
+        return np.array([_number(v) for v in column.to_pylist()], np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if value is not None else math.nan
+    except (ValueError, TypeError):
+        return math.nan
+
+
+def _times(column: pa.ChunkedArray) -> np.ndarray:
+    """Seconds since 1970 UTC, NaN for what is empty or no time."""
+    kind = column.type
+    if pt.is_integer(kind) or pt.is_floating(kind):
+        return numbers(column)
+    if pt.is_timestamp(kind) or pt.is_date(kind):
+        micros = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64())
+        return pc.divide(pc.cast(micros, pa.float64()), 1e6).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+    return np.array([_time(v) for v in column.to_pylist()], np.float64)
+
+
+def _time(value: Any) -> float:
+    """Seconds of an ISO 8601 text (UTC unless it says another zone) or of a number; NaN where it is neither."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    try:
+        when = datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        return math.nan
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+
+
+def _tensors(column: pa.ChunkedArray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 `[rows, *shape]`, which rows do not have that shape)."""
+    rows = len(column)
+    if not column.null_count:
+        try:
+            return to_numpy(column).astype(np.float32, copy=False).reshape(rows, *shape), np.zeros(rows, bool)
+        except (ValueError, TypeError, pa.ArrowInvalid):
+            pass
+    out, unfit = np.zeros((rows, *shape), np.float32), np.zeros(rows, bool)
+    for i, value in enumerate(column):
+        if value.is_valid:
+            try:
+                row = np.asarray(value.as_py(), np.float32)
+                unfit[i] = row.shape != shape and row.size != math.prod(shape)
+                if not unfit[i]:
+                    out[i] = row.reshape(shape)
+            except (ValueError, TypeError):
+                unfit[i] = True
+    return out, unfit
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+    """Null for what cannot be cast."""
+    try:
+        return _one(column.cast(kind) if column.type != kind else column)
+    except (pa.ArrowException, NotImplementedError):
+        made = []
+        for value in column.to_pylist():
+            try:
+                made.append(pa.scalar(value, kind).as_py())
+            except (pa.ArrowException, TypeError, ValueError):
+                made.append(None)
+        return pa.array(made, kind)
+
+
+def number_target(column: pa.ChunkedArray, data: Data) -> bool:
+    """Whether the target is numbers, by its first rows. Raises DataError for what cannot be predicted."""
+    kind = column.type.value_type if pt.is_dictionary(column.type) else column.type
+    if kind_of(kind) == "text":
+        return data.task == "regression" or data.types.get(data.target) == "number"
+    if kind_of(kind) != "number":
+        raise DataError(f"target `{data.target}` is {kind}: numbers or text can be predicted")
+    return data.types.get(data.target) != "text"
+
+
+def targets(column: pa.ChunkedArray, data: Data, number: bool, bad: Bad) -> Column:
+    """The target as it is: float64, or Arrow strings; an empty or infinite one is noted in `bad`."""
+    if not number:
+        bad.add(column.is_null().to_numpy(), data.target, "empty")
+        return _cast(column, pa.string())
+    values = numbers(column)
+    bad.add(column.is_null().to_numpy() | _is_nan(column), data.target, "empty")
+    bad.add(np.isnan(values), data.target, "not a number")
+    bad.add(np.isinf(values), data.target, "infinite")
+    return values
+
+
+class Labels:
+    """The distinct values of a target, over many tables: no more than can be classes."""
+
+    MOST = 10_000
+
+    def __init__(self, values: set | None = None, whole: bool = True):
+        self.values, self.whole = values or set(), whole
+
+    def add(self, column: Column) -> None:
+        if isinstance(column, np.ndarray):
+            column = column[np.isfinite(column)]
+            self.whole = self.whole and bool((column == np.floor(column)).all())
+            found = np.unique(column).tolist()
+        else:
+            found = column.drop_null().unique().to_pylist()
+        if len(self.values) <= self.MOST:
+            self.values.update(found[: self.MOST + 1])
+
+    def classes(self, data: Data, where: str) -> tuple[str | int, ...]:
+        """The labels in their order; none for a regression. Raises DataError for a target that is no use."""
+        name = f"{where}: target `{data.target}`"
+        if not self.values:
+            raise DataError(f"{name} is empty in every row")
+        text = any(isinstance(v, str) for v in self.values)
+        regression = not text and (not self.whole or len(self.values) > MOST_CLASSES)
+        task = data.task or ("regression" if regression else "classification")
+        if len(self.values) < 2:
+            raise DataError(f"{name} has one value only ({next(iter(self.values))!r}): there is nothing to tell apart")
+        if task == "regression":
+            return ()
+        if not self.whole:
+            raise DataError(f"{name} has fractions: classes are whole numbers or text")
+        if len(self.values) > self.MOST:
+            raise DataError(f"{name} has more than {self.MOST:,} values: too many to be classes")
+        return tuple(sorted(v if text else int(v) for v in self.values))
+
+
+def class_index(column: Column, schema: Schema) -> np.ndarray:
+    """A target as int64 class indices, or float32 values."""
     if schema.task == "regression":
-        return column.to_numpy().astype(np.float32)
-    if not isinstance(schema.classes[0], str):
-        column = pc.cast(column, pa.int64())
-    order = pa.array(schema.classes)
-    return pc.index_in(column, order).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
+        return np.asarray(column, np.float32)
+    if isinstance(column, np.ndarray):
+        return np.searchsorted(np.array(schema.classes, np.float64), column).astype(np.int64)
+    return pc.index_in(column, pa.array(schema.classes)).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def column_of(column: pa.ChunkedArray, kind: Kind) -> Column:
+    return to_numpy(column) if kind in ("number", "time", "tensor") else _one(column)
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """A column as an array `[rows, *shape]`, without a copy where the type allows one block.
+    """A column of numbers as an array `[rows, *shape]`, without a copy where the type allows one block.
 
     Ray's own tensor type and Arrow's differ in name only: both store a list of numbers and know the shape.
     """
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    array = _one(column)
     kind = array.type
     if isinstance(kind, pa.BaseExtensionType):
         shape = tuple(kind.shape)
@@ -153,46 +362,92 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     if pt.is_fixed_size_list(kind):
         return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), kind.list_size)
     if pt.is_list(kind) or pt.is_large_list(kind):
+        if pt.is_list(kind.value_type) or pt.is_large_list(kind.value_type):
+            return np.array(array.to_pylist())
         return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
     return array.to_numpy(zero_copy_only=False)
 
 
-def tensor_column(values: np.ndarray) -> pa.Array:
-    """`[rows, …]` as an Arrow column: numbers as they are, the rest as fixed-shape tensors."""
-    if values.ndim == 1:
-        return pa.array(values)
+def arrow_column(values: Column) -> pa.Array:
+    """A column as Arrow: `[rows, …]` numbers as fixed-shape tensors."""
+    if not isinstance(values, np.ndarray) or values.ndim == 1:
+        return values if isinstance(values, pa.Array) else pa.array(values)
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
 
 
-def parse_instances(instances: Any, schema: Schema) -> dict[str, np.ndarray]:
-    """Rows of a request, as JSON gave them, to float32 arrays `[rows, *shape]` by feature.
+def as_fed(values: np.ndarray) -> np.ndarray:
+    """An input as the model gets it: float32, the bytes of images from 0 to 1."""
+    return values.astype(np.float32) * PIXEL if values.dtype == np.uint8 else values.astype(np.float32, copy=False)
 
-    A row is `{feature: value}`; where there is one feature only, the value alone will do.
+
+def parse_instances(instances: Any, schema: Schema) -> Columns:
+    """Rows of a request, as JSON gave them, to columns.
+
+    A row is `{feature: value}`; where there is one feature only, the value alone will do. An image is
+    `{"b64": "…"}`, a time is ISO 8601 or seconds since 1970; what is optional may be null or left out.
     Raises RequestError, whose text names features and shapes but never repeats a value.
     """
     if not isinstance(instances, list) or not instances:
         raise RequestError('"instances" must be a list of at least one row')
     names = [f.name for f in schema.features]
+    optional = {f.name for f in schema.features if f.optional}
     rows = []
     for i, given in enumerate(instances):
-        row = {names[0]: given} if len(names) == 1 and not isinstance(given, dict) else given
+        alone = len(names) == 1 and not (isinstance(given, dict) and given.keys() != {"b64"})
+        row = {names[0]: given} if alone else given
         if not isinstance(row, dict):
-            raise RequestError(f"row {i}: must be an object with {_listed(names)}")
+            raise RequestError(f"row {i}: must be an object with {listed(names)}")
         if row.keys() != set(names):
-            missing, extra = [n for n in names if n not in row], [n for n in row if n not in names]
-            text = f"lacks {_listed(missing)}" if missing else f"has {len(extra)} unknown features"
-            raise RequestError(f"row {i}: {text}; the features are {_listed(names)}")
+            missing, extra = [n for n in names if n not in row and n not in optional], [n for n in row if n not in names]
+            if missing or extra:
+                text = f"lacks {listed(missing)}" if missing else f"has {len(extra)} unknown features"
+                raise RequestError(f"row {i}: {text}; the features are {listed(names)}")
         rows.append(row)
-    out = {}
+    out: Columns = {}
     for feature in schema.features:
-        values = []
-        for i, row in enumerate(rows):
-            values.append(_number_array(row[feature.name], feature, i))
-        out[feature.name] = np.stack(values)
+        values = [_parse(row.get(feature.name), feature, i) for i, row in enumerate(rows)]
+        if feature.kind in ("number", "time"):
+            out[feature.name] = np.array(values, np.float64)
+        elif feature.kind == "tensor":
+            out[feature.name] = np.stack(values)
+        else:
+            kind = {"text": pa.string(), "image": pa.binary(), "list": pa.list_(pa.float64())}[feature.kind]
+            out[feature.name] = pa.array(values, kind)
     return out
 
 
-def _number_array(value: Any, feature: Feature, row: int) -> np.ndarray:
+def _parse(value: Any, feature: Feature, row: int) -> Any:
+    if value is None and feature.optional:
+        return math.nan if feature.kind in ("number", "time") else None
+    if feature.kind == "tensor":
+        return _tensor(value, feature, row)
+    found = None
+    if feature.kind == "number" and (isinstance(value, bool) or _only_numbers(value, 0)):
+        found = float(value)  # pyright: ignore[reportArgumentType]
+    elif feature.kind == "time" and math.isfinite(seconds := _time(value)):
+        found = seconds
+    elif feature.kind == "text" and isinstance(value, str):
+        found = value
+    elif feature.kind == "list" and isinstance(value, list) and _only_numbers(value, 1):
+        found = [float(v) for v in value]
+    elif feature.kind == "image" and isinstance(value, dict):
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # binascii.Error is a ValueError
+            found = base64.b64decode(value["b64"], validate=True)
+    if found is None:
+        raise RequestError(f"row {row}: `{feature.name}` must be {MUST_BE[feature.kind]}")
+    return found
+
+
+MUST_BE = {
+    "number": "a finite number",
+    "time": "a time: ISO 8601 text, or seconds since 1970",
+    "text": "text",
+    "list": "a list of finite numbers",
+    "image": 'an encoded image, as {"b64": "…"}',
+}
+
+
+def _tensor(value: Any, feature: Feature, row: int) -> np.ndarray:
     if not _only_numbers(value, len(feature.shape)):
         raise RequestError(f"row {row}: `{feature.name}` must hold finite numbers in the shape {list(feature.shape)}")
     try:
@@ -207,6 +462,19 @@ def _number_array(value: Any, feature: Feature, row: int) -> np.ndarray:
     return array
 
 
+def to_instances(columns: Columns, schema: Schema) -> list[dict[str, Any]]:
+    """The inverse of `parse_instances`: rows that JSON can hold."""
+    made = {}
+    for feature in schema.features:
+        values = columns[feature.name].tolist()
+        if feature.kind in ("number", "time"):
+            values = [v if math.isfinite(v) else None for v in values]
+        elif feature.kind == "image":
+            values = [{"b64": base64.b64encode(v).decode()} for v in values]
+        made[feature.name] = values
+    return [dict(zip(made, row, strict=True)) for row in zip(*made.values(), strict=True)]
+
+
 def _only_numbers(value: Any, depth: int) -> bool:
     """Whether a value is finite numbers in lists that are nested no deeper than `depth`."""
     if isinstance(value, list):
@@ -214,25 +482,10 @@ def _only_numbers(value: Any, depth: int) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shape(column: pa.ChunkedArray, name: str, where: str) -> tuple[int, ...]:
-    """The shape of one row of a column. Raises DataError where it holds no numbers."""
-    kind = column.type
-    if pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind):
-        return ()
-    if isinstance(kind, pa.BaseExtensionType) and hasattr(kind, "shape"):
-        return tuple(kind.shape)
-    if pt.is_fixed_size_list(kind) and _is_number(kind.value_type):
-        return (kind.list_size,)
-    if (pt.is_list(kind) or pt.is_large_list(kind)) and _is_number(kind.value_type):
-        first = next((v for v in column if v.is_valid), None)
-        return (len(first),) if first is not None else (0,)
-    raise DataError(f"{where}: column `{name}` is {kind}: features are numbers so far; name the usable ones in data.features")
+def hash64(content: bytes | pa.Buffer, salt: bytes = b"") -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=salt).digest(), "big")
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return pt.is_integer(kind) or pt.is_floating(kind)
-
-
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     shown = ", ".join(f"`{n}`" for n in names[:12])
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")

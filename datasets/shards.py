@@ -1,12 +1,14 @@
 """Shards: a split's rows as a few Parquet files of equal length, encrypted, in an order that only the rows decide.
 
 Every row has a 63-bit hash of its content and the seed. The hash says which split it belongs to, and rows are sorted by
-it, so neither the order nor the layout of the source's files matters, and equal rows never stand in two splits. Sorted
+it, so neither the order nor the layout of the source's files matters, and equal rows never stand in two splits: a split
+cannot leak exact copies into another. Sorted
 rows are cut into `n` shards whose lengths differ by one at most: position `p` of an epoch lies in shard `p % n` at place
 `p // n`, which is what lets `ingest` give any number of workers the same batches.
 
 A shard is sealed with Parquet Modular Encryption (AES-GCM), which costs nothing to measure, detects a flipped byte, and
-is read by Spark and DuckDB too. Its data keys are wrapped by the key store.
+is read by Spark and DuckDB too. Its data keys are wrapped by the key store and lie beside it (`_KEY_MATERIAL_FOR_…`), so
+rotating the store's key wraps them anew (`rotate`) and touches no data.
 """
 
 import base64
@@ -14,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +27,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ..cluster.keys import DATA_KEY, KeyStore
 from ..cluster.storage import read_json, write_json
-from ..errors import DataError
+from ..errors import DataError, KeyStoreError
 from ..project import Split
 from . import schema as schemas
-from .schema import Schema
+from .schema import Column, Columns, hash64
 
 SplitName = Literal["train", "validation", "test"]
-TARGET = "heliograph-target"
+TARGET, WEIGHT = "heliograph-target", "heliograph-weight"
 WINDOW_BYTES = 32 << 20
 
 
@@ -39,6 +42,7 @@ class Shard(BaseModel):
     file: str
     rows: int
     sha256: str
+    """Of the values, column by column in windows: equal rows, equal hash, however they are encrypted."""
 
 
 class Manifest(BaseModel):
@@ -65,16 +69,45 @@ class Manifest(BaseModel):
         return cls.model_validate(read_json(folder / "manifest.json"))
 
 
-def row_hashes(features: dict[str, np.ndarray], target: np.ndarray, seed: int) -> np.ndarray:
-    """int64 `[rows]` in [0, 2^63): BLAKE2b of a row's float32 features (in the order of their names) and its target."""
-    rows = len(target)
-    # + 0.0 turns -0.0 to 0.0: equal numbers, equal rows.
-    parts = [np.ascontiguousarray(features[n] + np.float32(0)).reshape(rows, -1).view(np.uint8) for n in sorted(features)]
-    parts.append(np.ascontiguousarray(target).reshape(rows, 1).view(np.uint8))
-    content = np.concatenate([p.reshape(rows, -1) for p in parts], axis=1)
+def row_hashes(columns: Columns, target: Column, seed: int) -> np.ndarray:
+    """int64 `[rows]` in [0, 2^63): of a row's values (numbers as float32, in the order of the columns' names) and its target.
+
+    Multilinear hashing modulo 2^64 with coefficients drawn by the seed (Dietzfelbinger, 1996; Lemire and Kaser, 2014), then
+    the finaliser of SplitMix64; text and images by their BLAKE2b.
+    """
     salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
-    digests = b"".join(hashlib.blake2b(row.data, digest_size=8, salt=salt).digest() for row in content)
-    return (np.frombuffer(digests, ">u8") >> np.uint64(1)).astype(np.int64)
+    total = np.zeros(len(target), np.uint64)
+    for name in [*sorted(columns), ""]:
+        draw = np.random.default_rng(hash64(name.encode(), salt))
+        words = _words(columns[name] if name else target, salt)
+        coefficients = draw.integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
+        for first in range(0, words.shape[1], 64):  # so that no product of all values is held at once
+            part = slice(first, first + 64)
+            total += (words[:, part].astype(np.uint64) * coefficients[part]).sum(axis=1, dtype=np.uint64)
+        total = _mixed(total)
+    return (total >> np.uint64(1)).astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _words(values: Column, salt: bytes) -> np.ndarray:
+    """A column as whole numbers `[rows, words]`, equal where the values are."""
+    if isinstance(values, np.ndarray):
+        # + 0.0 turns -0.0 to 0.0: equal numbers, equal rows.
+        return (values.astype(np.float32).reshape(len(values), -1) + np.float32(0)).view(np.uint32)
+    if pa.types.is_string(values.type):
+        found = values.dictionary_encode()
+        known = np.array([*(hash64(v.encode(), salt) for v in found.dictionary.to_pylist()), 1], np.uint64)
+        return known[found.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)][:, None]
+    if pa.types.is_binary(values.type):
+        return np.array([hash64(v.as_buffer(), salt) if v.is_valid else 1 for v in values], np.uint64)[:, None]
+    rows = values.to_pylist()
+    return np.array([hash64(np.array(r, np.float32).tobytes(), salt) if r is not None else 1 for r in rows], np.uint64)[:, None]
 
 
 def split_ranges(split: Split) -> list[tuple[SplitName, float, int, int]]:
@@ -94,42 +127,135 @@ def shard_lengths(rows: int, shards: int) -> list[int]:
     return [(rows - i + shards - 1) // shards for i in range(shards)]
 
 
-def write_shard(file: Path, columns: dict[str, np.ndarray], window: int, keys: KeyStore | None) -> Shard:
-    """Write one shard aside and put it in place. keys: seals it; None leaves it in clear."""
-    table = pa.table({name: schemas.tensor_column(values) for name, values in columns.items()})
-    aside = file.with_suffix(f".{os.getpid()}.part")
-    sealed = _crypto(keys.folder).file_encryption_properties(_connection(), _encryption()) if keys else None
-    pq.write_table(table, aside, row_group_size=window, compression="zstd", encryption_properties=sealed)
-    digest = hashlib.sha256(aside.read_bytes()).hexdigest()
-    aside.replace(file)
-    return Shard(file=file.name, rows=len(table), sha256=digest)
+class Writer:
+    """A Parquet file that is written table by table, aside, and put in its place by `close`.
+
+    window: rows of its row groups; None makes one of each table. keys: seals it; None leaves it in clear.
+    """
+
+    def __init__(self, file: Path, window: int | None, keys: KeyStore | None):
+        self.file, self.window, self.rows = file, window, 0
+        self._aside = file.with_name(f".{file.name}.{os.getpid()}.part")
+        self._sealed = None
+        if keys:
+            _key_material(self._aside).unlink(missing_ok=True)
+            self._sealed = _crypto(keys.folder).file_encryption_properties(_connection(), _encryption(), self._aside)
+        self._held: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._digest = hashlib.sha256()
+
+    def write(self, columns: Columns) -> None:
+        table = pa.table({name: schemas.arrow_column(values) for name, values in columns.items()})
+        if self.window is None:
+            return self._put(table)
+        self._held.append(table)
+        while sum(map(len, self._held)) >= self.window:
+            self._put(self._taken(self.window))
+        return None
+
+    def _taken(self, rows: int) -> pa.Table:
+        together = pa.concat_tables(self._held)
+        self._held = [together.slice(rows)] if rows < len(together) else []
+        return together.slice(0, rows).combine_chunks()
+
+    def _put(self, table: pa.Table) -> None:
+        if self._writer is None:
+            # Numbers are not packed: it would cost a core more than it saves of a disk.
+            text = [f.name for f in table.schema if pa.types.is_string(f.type)]
+            options: Any = {"compression": "none", "use_dictionary": text, "write_statistics": False}
+            if text:
+                options["compression"] = {name: "zstd" if name in text else "none" for name in table.column_names}
+            self._writer = pq.ParquetWriter(self._aside, table.schema, encryption_properties=self._sealed, **options)
+        for column in table.columns:
+            self._digest.update(_values(column))
+        self._writer.write_table(table, row_group_size=max(1, len(table)))
+        self.rows += len(table)
+
+    def close(self) -> Shard:
+        if rest := sum(map(len, self._held)):
+            self._put(self._taken(rest))
+        assert self._writer, "a shard has at least one row"
+        self._writer.close()
+        if self._sealed:
+            _key_material(self._aside).replace(_key_material(self.file))
+        self._aside.replace(self.file)
+        return Shard(file=self.file.name, rows=self.rows, sha256=self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        if self._writer:
+            self._writer.close()
+        self._aside.unlink(missing_ok=True)
+        _key_material(self._aside).unlink(missing_ok=True)
+
+
+def _values(column: pa.ChunkedArray) -> Any:
+    """What a hash of a column is over."""
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType) or pa.types.is_floating(kind) or pa.types.is_integer(kind):
+        return np.ascontiguousarray(schemas.to_numpy(column)).data.cast("B")
+    return "\0".join(map(repr, column.to_pylist())).encode()
+
+
+def write_shard(file: Path, columns: Columns, window: int | None, keys: KeyStore | None) -> Shard:
+    """Write one shard at once."""
+    writer = Writer(file, window, keys)
+    try:
+        writer.write(columns)
+        return writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def open_shard(file: Path, keys: KeyStore | None) -> pq.ParquetFile:
     """A shard, opened with the store's keys. Raises DataError when it is damaged, KeyStoreError for a wrong key."""
-    opened = _crypto(keys.folder).file_decryption_properties(_connection()) if keys else None
     try:
+        opened = _crypto(keys.folder).file_decryption_properties(_connection(), None, file) if keys else None
         return pq.ParquetFile(file, decryption_properties=opened, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from None
 
 
-def read_rows(shard: pq.ParquetFile, file: Path, groups: list[int] | None = None) -> dict[str, np.ndarray]:
-    """Columns `[rows, *shape]` of some row groups (default: all). Raises DataError when a byte differs."""
+def read_table(shard: pq.ParquetFile, file: Path, groups: list[int] | None = None, columns: list[str] | None = None) -> pa.Table:
+    """Some row groups (default: all). Raises DataError when a byte differs."""
     try:
-        table = shard.read() if groups is None else shard.read_row_groups(groups)
+        every = list(range(shard.num_row_groups)) if groups is None else groups
+        return shard.read_row_groups(every, columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from None
+
+
+def read_rows(shard: pq.ParquetFile, file: Path, groups: list[int] | None = None) -> dict[str, np.ndarray]:
+    """The same, as arrays `[rows, *shape]` (of what the model reads, and targets)."""
+    table = read_table(shard, file, groups)
     return {name: schemas.to_numpy(table.column(name)) for name in table.column_names}
-
-
-def to_features(columns: dict[str, np.ndarray], schema: Schema) -> dict[str, np.ndarray]:
-    return {f.name: columns[f.name] for f in schema.features}
 
 
 def window_rows(bytes_per_row: int, shard_rows: int) -> int:
     """Rows of a row group: as many as WINDOW_BYTES hold."""
     return max(1, min(shard_rows, WINDOW_BYTES // max(1, bytes_per_row)))
+
+
+def rotate(file: Path, keys: KeyStore) -> None:
+    """Wrap a shard's data keys with the newest version of the store's key; a kill at any moment leaves one that opens it."""
+    material = _key_material(file)
+    kept = material.with_name(material.name + ".kept")
+    if kept.exists():  # the last one was cut off
+        kept.replace(material)
+    if not material.exists():
+        raise KeyStoreError(f"{file}: its data keys are not beside it ({material.name}): prepare it again")
+    shutil.copyfile(material, kept)
+    try:
+        _crypto.cache_clear()
+        _crypto(keys.folder).rotate_master_keys(_connection(), file)
+    except (pa.ArrowException, OSError) as error:
+        kept.replace(material)
+        raise _damaged(file, error) from None
+    kept.unlink()
+
+
+def _key_material(file: Path) -> Path:
+    return file.with_name(f"_KEY_MATERIAL_FOR_{file.name}.json")
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
@@ -139,7 +265,9 @@ def _damaged(file: Path, error: Exception) -> DataError:
 def _encryption() -> Any:
     import pyarrow.parquet.encryption as pe
 
-    return pe.EncryptionConfiguration(footer_key=DATA_KEY, uniform_encryption=True, encryption_algorithm="AES_GCM_V1")
+    return pe.EncryptionConfiguration(
+        footer_key=DATA_KEY, uniform_encryption=True, encryption_algorithm="AES_GCM_V1", internal_key_material=False
+    )
 
 
 def _connection() -> Any:

@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..datasets.schema import Schema
-from ..datasets.sources import infer_schema, open_source
+from ..datasets.preprocess import Preprocessing
+from ..datasets.schema import Feature, Schema
 from ..project import Project
-from .prepare import check_steps
+from .prepare import sniff
 
 
 def check(project: Project, base: Path) -> list[str]:
     """Read the schema, build the model on it, and say what was found. Raises DataError and ModelError."""
-    schema = infer_schema(open_source(project.data, base), project.data)
-    check_steps(project.data, schema)
+    schema, preprocessing = sniff(project.data, base)
     with _silenced():
         import keras  # noqa: F401
     from .model import build, compile_parts
@@ -23,6 +22,7 @@ def check(project: Project, base: Path) -> list[str]:
     compile_parts(project.train, schema)
     return [
         f"source   {project.data.source}: {_features(schema)}",
+        f"prepare  {_steps(preprocessing)}",
         f"target   {schema.target}: {_target(schema)}",
         f"model    {model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}",
         f"train    {project.train.epochs} epochs, {project.train.workers} workers, batches of {project.train.batch_size}",
@@ -45,8 +45,21 @@ def _silenced() -> Iterator[None]:
 
 
 def _features(schema: Schema) -> str:
-    shown = ", ".join(f.name + (f" {list(f.shape)}" if f.shape else "") for f in schema.features[:8])
+    shown = ", ".join(map(_feature, schema.features[:8]))
     return shown + (f" and {len(schema.features) - 8} more" if len(schema.features) > 8 else "")
+
+
+def _feature(feature: Feature) -> str:
+    kind = str(list(feature.shape)) if feature.kind == "tensor" else "" if feature.kind == "number" else feature.kind
+    return " ".join(filter(None, (feature.name, kind, "(may be empty)" if feature.optional else "")))
+
+
+def _steps(preprocessing: Preprocessing) -> str:
+    shown = []
+    for step in preprocessing.steps:
+        names = list(step.columns)
+        shown.append(f"{step.step} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else ""))
+    return "; ".join(shown) or "as it is"
 
 
 def _target(schema: Schema) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..cluster.storage import read_json
 from ..datasets.preprocess import Preprocessing
-from ..datasets.schema import Schema
+from ..datasets.schema import Columns, Schema, as_fed
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -32,12 +32,13 @@ class Engine:
         self._session = ort.InferenceSession(model.read_bytes(), options, providers=ort.get_available_providers())
         self._names = [i.name for i in self._session.get_inputs()]
 
-    def predict(self, features: dict[str, np.ndarray]) -> np.ndarray:
-        """Raw float32 features `[rows, *shape]` by name, to outputs `[rows, schema.outputs]`."""
-        return self.forward(self.preprocessing.apply(features, self.schema))
+    def predict(self, features: Columns) -> np.ndarray:
+        """Features by name, as the schema's kinds have them, to outputs `[rows, schema.outputs]`."""
+        return self.forward(self.preprocessing.apply(features))
 
     def forward(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """The model's inputs by name (after preprocessing), to its outputs."""
+        inputs = {name: as_fed(values) for name, values in inputs.items()}
         if len(inputs) == 1:
             inputs = {self._names[0]: next(iter(inputs.values()))}
         return np.asarray(self._session.run(None, {name: inputs[name] for name in self._names})[0])

@@ -15,7 +15,7 @@ import numpy as np
 from ..cluster.keys import KeyStore
 from ..cluster.storage import write_json
 from ..datasets import shards
-from ..datasets.schema import Schema
+from ..datasets.schema import Schema, to_numpy
 from ..datasets.shards import TARGET, Manifest
 from .engine import Engine
 
@@ -50,9 +50,9 @@ def _predict(batch: dict[str, Any], files: list[Path], prepared: Path, trained: 
     for number in batch["id"]:
         file = files[int(number)]
         with shards.open_shard(file, keys) as shard:
-            columns = shards.read_rows(shard, file)
-        targets.append(columns[TARGET])
-        outputs.append(engine.predict(shards.to_features(columns, engine.schema)))
+            table = shards.read_table(shard, file)
+        targets.append(to_numpy(table.column(TARGET)))
+        outputs.append(engine.predict(engine.schema.columns(table)))
     return {"target": np.concatenate(targets), "outputs": np.concatenate(outputs)}
 
 

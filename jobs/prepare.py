@@ -1,151 +1,528 @@
-"""Prepare: from the source to encrypted shards, on Ray Data.
+"""Prepare: from a source to encrypted shards, on Ray Data, with memory that does not grow with the rows.
 
-    read → check and hash the rows → fit preprocessing on the training rows → cut by the order of the hashes → write
+    1. sort     each piece of the source: read, check, hash, and write aside in the order of the hashes (`rows/`)
+    2. fit      the preprocessing, from statistics that came with the sorting, or one more pass where they do not suffice
+    3. write    each shard: its range of hashes from all sorted pieces, preprocessed
 
-Ray Data reads and checks; the shuffle is two plain tasks a block and a shard, since Ray Data's own sort fails on tensor
-columns with this pyarrow, and took 11 s of starting processes for 1,797 rows.
+Sorted pieces are cut at the same hashes everywhere (*buckets*), each a row group, so a shard reads what it needs and no more;
+what it holds at a time is a bucket. Neither the order nor the layout of the source's files changes a shard.
+
+A piece and a shard are each there as a whole, with a record beside them, or not at all: a killed job goes on with the missing
+ones. Everything aside is encrypted like the shards, and goes when the manifest is written.
 
 The training and validation shards hold the model's inputs, so an epoch reads them and does nothing else; the test shards
 hold raw features, so evaluation goes through the same preprocessing that a request will.
 """
 
 import functools
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
 from ..cluster.keys import KeyStore
-from ..cluster.storage import write_bytes
+from ..cluster.storage import read_json, write_bytes, write_json
+from ..datasets import schema as schemas
 from ..datasets import shards
-from ..datasets.preprocess import Moments, Preprocessing, fit, moments
-from ..datasets.schema import Schema, arrays, labels, tensor_column, to_numpy
-from ..datasets.shards import TARGET, Manifest, Shard, SplitName
-from ..datasets.sources import infer_schema, open_source
+from ..datasets.preprocess import SAMPLE_ROWS, Preprocessing, Statistics, check_steps, decode, fit, merged, optional, statistics
+from ..datasets.profile import profile
+from ..datasets.schema import Bad, Columns, Feature, Labels, Schema
+from ..datasets.shards import TARGET, WEIGHT, Manifest, Shard, SplitName
+from ..datasets.sources import Chunk, FunctionSource, Piece, Source, open_source
 from ..errors import DataError
 from ..project import Data
 
 HASH = "heliograph-hash"
+BUCKET_BYTES = 32 << 20
+"""Of the rows of a bucket, over all pieces, about: what a writer holds at a time."""
+SHOWN = 10
+KEPT_REASONS = 10_000
+"""Bad rows of a piece that are written down; all are counted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all tasks must know; keys go by reference."""
+
+    data: Data
+    source: Source
+    features: tuple[Feature, ...]
+    number_target: bool
+    edges: np.ndarray
+    """Of the buckets: the first hash of each, and the end."""
+    folder: Path
+    keys: KeyStore | None
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows"
+
+    @property
+    def first_train(self) -> int:
+        return shards.first_train_hash(self.data.split)
+
+
+class Sorted(BaseModel):
+    """The record of one sorted piece."""
+
+    file: str
+    buckets: list[int]
+    """Rows of each."""
+    raw: dict[str, Statistics]
+    """Of its training rows."""
+    empty: dict[str, int]
+    """Empty cells, over all its rows."""
+    labels: list[str | float]
+    whole: bool
+    classes: dict[str, int]
+    """Training rows of each label."""
+    bad: int
+    reasons: list[tuple[str, str, str]]
+    """(row, column, reason) of the bad ones."""
+    row_bytes: int
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets)
 
 
 def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update: Callable[..., None]) -> None:
-    """Fill `folder` with shards, `manifest.json`, `schema.json` and `preprocess.json`.
+    """Fill `folder` with shards, `manifest.json`, `schema.json`, `preprocess.json`, `profile.json`, `quarantine.jsonl`.
 
     base: what relative paths start from. keys: seals the shards (None: in clear). Raises DataError.
     """
-    import ray
-
     update("reading the schema")
     source = open_source(data, base)
-    schema = infer_schema(source, data)
-    check_steps(data, schema)
+    head, features, number = look(source, data)
+    check_steps(data, features, base)
+    plan = _planned(data, source, head, optional(data, features), number, folder, keys)
+    plan.rows.mkdir(exist_ok=True)
 
-    update("reading rows")
-    columns = [f.name for f in schema.features] + [schema.target]
-    checked = functools.partial(_check_rows, schema=schema, seed=data.split.seed)
-    blocks = source.dataset(columns).map_batches(checked, batch_format="pyarrow", batch_size=None).to_arrow_refs()
+    pieces = _sort(plan, update)
+    _quarantine(pieces, data, source.where, folder)
+    labels = Labels({v for p in pieces for v in p.labels}, all(p.whole for p in pieces))
+    classes = labels.classes(data, source.where)
+    counts = np.sum([p.buckets for p in pieces], axis=0)
+    layout = _layout(counts, plan, source.where)
+    class_rows = _class_rows(pieces, classes, source.where)
 
     update("fitting the preprocessing")
-    summarise = ray.remote(_summarise)
-    first_train = shards.first_train_hash(data.split)
-    summaries = ray.get([summarise.remote(block, schema, first_train) for block in blocks])
-    hashes, targets = (np.concatenate(parts) for parts in list(zip(*summaries, strict=True))[:2])
-    plan = _plan(hashes, data, source.where)
-    class_rows = _class_rows(targets[hashes >= first_train], schema, source.where)
-    preprocessing = fit(data.preprocess, [found for *_, found in summaries], schema)
+    features = _narrowed(plan, pieces)
+    raw = merged(p.raw for p in pieces)
+    gather = functools.partial(_gather, plan, pieces, int(counts[_first_bucket(plan) :].sum()))
+    preprocessing = fit(data, features, raw, gather, base)
+    one = preprocessing.apply(next(iter(_read_buckets(plan, pieces, np.flatnonzero(counts)[:1])))[1])
+    inputs = {name: tuple(values.shape[1:]) for name, values in one.items()}
+    schema = Schema(
+        task="classification" if classes else "regression", target=data.target, classes=classes, features=features, inputs=inputs
+    )
+    row_bytes = sum(values.nbytes // len(values) for values in one.values()) + 12
+    window = shards.window_rows(row_bytes, max(rows for *_, rows in layout))
 
-    update("writing shards")
-    cut = ray.remote(_cut).options(num_returns=len(plan))
-    starts = np.cumsum([len(block_hashes) for block_hashes, *_ in summaries])[:-1]
-    shard_of = np.split(_shard_of_rows(hashes, [length for *_, length in plan]), starts)
-    pieces: list[Any] = [cut.remote(block, numbers, len(plan)) for block, numbers in zip(blocks, shard_of, strict=True)]
-    bytes_per_row = 4 * sum(int(np.prod(f.shape, dtype=int)) for f in schema.features) + 8
-    window = shards.window_rows(bytes_per_row, max(length for *_, length in plan))
-    write = ray.remote(_write)
-    refs = [
-        write.remote(folder / file, split, schema, preprocessing, window, keys, *(piece[i] for piece in pieces))
-        for i, (split, file, _) in enumerate(plan)
-    ]
+    write = functools.partial(_write, plan, pieces, counts, schema, preprocessing, window)
     done: dict[str, list[Shard]] = {split: [] for split in get_args(SplitName)}
-    for i, ((split, _, _), ref) in enumerate(zip(plan, refs, strict=True)):
-        done[split].append(ray.get(ref))
-        update(f"writing shards, {len(hashes):,} rows", i + 1, len(refs))
+    found = across(write, layout, update, f"writing shards, {int(counts.sum()):,} rows")
+    for (split, *_), record in zip(layout, found, strict=True):
+        done[split].append(Shard.model_validate(record))
+
+    update("profiling")
+    sample = _sample(plan, pieces, int(counts.sum()))
+    described = profile(
+        sample, schema, raw, {p: sum(s.rows for s in found) for p, found in done.items()}, shards.split_ranges(data.split)
+    )
+    described = described.model_copy(update={"bad_rows": sum(p.bad for p in pieces)})
+    write_bytes(folder / "profile.json", described.model_dump_json(indent=1).encode())
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
-    Manifest(splits=done, window=window, row_bytes=bytes_per_row, encrypted=keys is not None, class_rows=class_rows).write(folder)
+    manifest = Manifest(splits=done, window=window, row_bytes=row_bytes, encrypted=keys is not None, class_rows=class_rows)
+    manifest.write(folder)
+    shutil.rmtree(plan.rows)
+    for record in folder.glob("*.done"):
+        record.unlink()
 
 
-def _check_rows(table: pa.Table, schema: Schema, seed: int) -> pa.Table:
-    """Features as float32, the target as class index or value, and each row's hash."""
-    features, target = arrays(table, schema), labels(table, schema)
-    out = {name: tensor_column(values) for name, values in features.items()}
-    return pa.table({**out, TARGET: target, HASH: shards.row_hashes(features, target, seed)})
+def look(source: Source, data: Data) -> tuple[pa.Table, tuple[Feature, ...], bool]:
+    """The first rows of a source, what they hold, and whether the target is numbers. Raises DataError."""
+    head = source.head()
+    features = schemas.infer(head, data, source.where)
+    try:
+        return head, features, schemas.number_target(head.column(data.target), data)
+    except DataError as error:
+        raise DataError(f"{source.where}: {error}") from None
 
 
-def _summarise(table: pa.Table, schema: Schema, first_train: int) -> tuple[np.ndarray, np.ndarray, dict[str, Moments]]:
-    """A block's hashes and targets (16 bytes a row on the driver), and the moments of its training rows."""
-    hashes = to_numpy(table.column(HASH))
-    train = hashes >= first_train
-    found = moments({f.name: to_numpy(table.column(f.name))[train] for f in schema.features}) if train.any() else {}
-    return hashes, to_numpy(table.column(TARGET)), found
+def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
+    """What a project's data would become, by its first rows (the target by all of them). Raises DataError."""
+    source = open_source(data, base)
+    head, features, number = look(source, data)
+    check_steps(data, features, base)
+    bad = Bad(len(head))
+    labels = Labels()
+    if isinstance(source, FunctionSource):
+        labels.add(schemas.targets(head.column(data.target), data, number, bad))
+    else:
+        for piece in source.pieces():
+            for chunk in source.read(piece, [data.target]):
+                if len(chunk.table):
+                    labels.add(schemas.targets(chunk.table.column(0), data, number, Bad(len(chunk.table))))
+    classes = labels.classes(data, source.where)
+    columns = schemas.typed(head, optional(data, features), bad)
+    good = _taken(columns, np.flatnonzero(~bad.mask))
+    if bad.mask.all():
+        column, reason = bad.reasons[0]
+        raise DataError(f"{source.where}: column `{column}`: {reason} in each of the first {len(head)} rows")
+    features = _settled(data, features, {n: statistics(v).missing for n, v in good.items()})
+    raw = {name: statistics(values) for name, values in good.items()}
+
+    def gather(so_far: Preprocessing, needs: dict[str, str]) -> dict[str, Any]:
+        made = so_far.run(good)
+        return {n: _numbers(made[n]) if need == "sample" else statistics(made[n], need) for n, need in needs.items()}
+
+    preprocessing = fit(data, features, raw, gather, base)
+    inputs = {n: tuple(v.shape[1:]) for n, v in preprocessing.apply(_taken(good, np.arange(1))).items()}
+    task = "classification" if classes else "regression"
+    return Schema(task=task, target=data.target, classes=classes, features=features, inputs=inputs), preprocessing
 
 
-def _shard_of_rows(hashes: np.ndarray, lengths: list[int]) -> np.ndarray:
-    """For each row the number of the shard that its place among the sorted hashes lies in."""
-    numbers = np.empty(len(hashes), np.int32)
-    numbers[np.argsort(hashes, kind="stable")] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return numbers
+def across(work: Callable[[Any], Any], items: list[Any], update: Callable[..., None], text: str) -> list[Any]:
+    """`work` of every item, each a task of Ray Data's on whatever machine has room; results are JSON, in order."""
+    import ray.data
+
+    def run(batch: Any) -> Any:
+        return {"id": batch["id"], "found": [json.dumps(work(items[int(i)])) for i in batch["id"]]}
+
+    update(text, 0, len(items))
+    found: list[Any] = [None] * len(items)
+    numbers = ray.data.range(len(items), override_num_blocks=len(items))
+    for done, row in enumerate(numbers.map_batches(run, batch_size=1).iter_rows(), 1):
+        found[row["id"]] = json.loads(row["found"])
+        update(text, done, len(items))
+    return found
 
 
-def _cut(table: pa.Table, numbers: np.ndarray, count: int) -> list[pa.Table]:
-    """A block's rows by shard."""
-    return [table.filter(numbers == number) for number in range(count)]
+# --- 1. sort ---------------------------------------------------------------------------------------------------------------
 
 
-def _plan(hashes: np.ndarray, data: Data, where: str) -> list[tuple[SplitName, str, int]]:
-    """The shards, in the order of the hashes: split, file, length. Raises DataError for a split without rows."""
-    plan = []
-    for split, share, first, end in shards.split_ranges(data.split):
-        count = int((hashes < end).sum() - (hashes < first).sum())
-        if share and not count:
-            raise DataError(f"{where}: the {split} split is empty: {share:.3g} of {len(hashes)} rows; give it a larger share")
-        lengths = shards.shard_lengths(count, data.shards)
-        plan += [(split, f"{split}-{i:05d}.parquet", length) for i, length in enumerate(lengths) if length]
-    return plan
+def _planned(
+    data: Data, source: Source, head: pa.Table, features: tuple[Feature, ...], number: bool, folder: Path, keys: KeyStore | None
+) -> Plan:
+    """How many buckets there are does not decide what comes out, only how much a task holds at a time."""
+    size = sum(s[1] for s in source.identity() if isinstance(s, list) and len(s) > 2)
+    count = max(1, min(4096, 2 * size // BUCKET_BYTES))
+    edges = {int(i * 2**63 / count) for i in range(count)}
+    edges |= {first for *_, first, _ in shards.split_ranges(data.split)}
+    return Plan(data, source, features, number, np.array([*sorted(edges), 2**63 - 1], np.int64), folder, keys)
 
 
-def _write(
-    file: Path,
-    split: SplitName,
-    schema: Schema,
-    preprocessing: Preprocessing,
-    window: int,
-    keys: KeyStore | None,
-    *tables: pa.Table,
-) -> Shard:
-    table = pa.concat_tables(tables).sort_by(HASH)
-    features = {f.name: to_numpy(table.column(f.name)) for f in schema.features}
-    if split != "test":
-        features = preprocessing.apply(features, schema)
-    return shards.write_shard(file, {**features, TARGET: to_numpy(table.column(TARGET))}, window, keys)
+def _sort(plan: Plan, update: Callable[..., None]) -> list[Sorted]:
+    if isinstance(plan.source, FunctionSource):
+        columns = [f.name for f in plan.features] + [plan.data.target] + ([plan.data.weight] if plan.data.weight else [])
+        rows = plan.source.dataset().select_columns(columns)
+        work = functools.partial(_sort_block, plan)
+        found = rows.map_batches(work, batch_size=None, batch_format="pyarrow").take_all()
+        records = [json.loads(row["found"]) for row in found]
+        return [Sorted.model_validate(r) for r in sorted(records, key=lambda r: r["file"])]
+    pieces = list(enumerate(plan.source.pieces()))
+    found = across(functools.partial(_sort_piece, plan), pieces, update, "reading rows")
+    return [Sorted.model_validate(record) for records in found for record in records]
 
 
-def check_steps(data: Data, schema: Schema) -> None:
-    names = [f.name for f in schema.features]
-    for i, step in enumerate(data.preprocess):
-        for column in step.columns or []:
-            if column not in names:
-                raise DataError(f"data.preprocess[{i}].columns: `{column}` is not a feature: they are {', '.join(names[:12])}")
+def _sort_block(plan: Plan, table: pa.Table) -> dict[str, Any]:
+    """A block of a Ray Dataset, which has no place in a file: it is named by what is in it."""
+    return {"found": [json.dumps(_sorted(plan, Chunk(table, plan.source.where), None).model_dump())]}
 
 
-def _class_rows(train: np.ndarray, schema: Schema, where: str) -> list[int]:
+def _sort_piece(plan: Plan, item: tuple[int, Piece]) -> list[dict[str, Any]]:
+    number, piece = item
+    record = plan.rows / f"{number:06d}.json"
+    if not record.exists():
+        columns = [f.name for f in plan.features] + [plan.data.target] + ([plan.data.weight] if plan.data.weight else [])
+        chunks = enumerate(plan.source.read(piece, list(dict.fromkeys(columns))))
+        write_json(record, [_sorted(plan, chunk, f"{number:06d}-{i:04d}.parquet").model_dump() for i, chunk in chunks])
+    return read_json(record)
+
+
+def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
+    """Check and type a chunk's rows, and write them aside in the order of their hashes, a row group a bucket."""
+    weights = plan.data.weight
+    reasons = [(s.row, s.column, s.reason) for s in chunk.skipped]
+    columns: Columns = {}
+    table, bad = chunk.table, Bad(len(chunk.table))
+    if len(table):
+        target = schemas.targets(table.column(plan.data.target), plan.data, plan.number_target, bad)
+        columns = schemas.typed(table, plan.features, bad) | {TARGET: target}
+        if weights:
+            columns[WEIGHT] = schemas.typed(table, (Feature(name=weights),), bad)[weights]
+            bad.add(columns[WEIGHT] < 0, weights, "a weight below 0")
+        _check_images(columns, plan, bad)
+        if bad.mask.any():
+            columns = _taken(columns, np.flatnonzero(~bad.mask))
+    bad_rows = len(reasons) + len(bad.reasons)
+    reasons += [(chunk.name(row), *reason) for row, reason in sorted(bad.reasons.items())[:KEPT_REASONS]]
+    counts, raw, empty = [0] * (len(plan.edges) - 1), {}, {}
+    labels, classes = Labels(), {}
+    row_bytes = 0
+    if columns and len(columns[TARGET]):
+        features = {f.name: columns[f.name] for f in plan.features}
+        hashes = shards.row_hashes(features, columns[TARGET], plan.data.split.seed)
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        cuts = np.searchsorted(hashes, plan.edges[:-1])
+        counts = np.diff([*cuts, len(hashes)]).tolist()
+        train = int(np.searchsorted(hashes, plan.first_train))
+        file = file or f"{hashes[0]:016x}-{int(hashes.sum()) & (2**63 - 1):016x}.parquet"
+        writer = shards.Writer(plan.rows / file, None, plan.keys)
+        try:
+            for a, b in zip(cuts, [*cuts[1:], len(hashes)], strict=True):
+                if b > a:
+                    writer.write({**_taken(columns, order[a:b]), HASH: hashes[a:b]})
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        own = order[train:]
+        for feature in plan.features:
+            values = columns[feature.name]
+            empty[feature.name] = _missing(values)
+            if len(own):
+                raw[feature.name] = statistics(_some(values, own))
+        labels.add(columns[TARGET])
+        if len(labels.values) <= Labels.MOST and len(own):
+            found = pa.array(_some(columns[TARGET], own)).value_counts()
+            classes = dict(zip(map(str, found.field(0).to_pylist()), found.field(1).to_pylist(), strict=True))
+        row_bytes = sum(v.nbytes for v in columns.values()) // len(hashes)
+    return Sorted(
+        file=file or "", buckets=counts, raw=raw, empty=empty, labels=list(labels.values), whole=labels.whole, classes=classes,
+        bad=bad_rows, reasons=reasons, row_bytes=row_bytes,
+    )  # fmt: skip
+
+
+def _check_images(columns: Columns, plan: Plan, bad: Bad) -> None:
+    """An image that cannot be decoded is found here, before any row has its place."""
+    for feature in plan.features:
+        if feature.kind == "image":
+            broken = np.zeros(len(bad.mask), bool)
+            for i, content in enumerate(columns[feature.name]):
+                if content.is_valid and not bad.mask[i]:
+                    try:
+                        decode(memoryview(content.as_buffer()), 8, 8, 3, "stretch")
+                    except Exception:
+                        broken[i] = True
+            bad.add(broken, feature.name, "not an image that can be decoded")
+
+
+def _missing(values: schemas.Column) -> int:
+    if isinstance(values, np.ndarray):
+        return int(np.isnan(values).sum()) if values.ndim == 1 else 0
+    return values.null_count
+
+
+def _some(values: schemas.Column, rows: np.ndarray) -> schemas.Column:
+    return values[rows] if isinstance(values, np.ndarray) else values.take(pa.array(rows))
+
+
+def _taken(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: _some(values, rows) for name, values in columns.items()}
+
+
+def _joined(parts: list[schemas.Column]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else pa.concat_arrays(parts)
+
+
+def _quarantine(pieces: list[Sorted], data: Data, where: str, folder: Path) -> None:
+    """Write the bad rows down. Raises DataError with the first of them when they are too many."""
+    bad, rows = sum(p.bad for p in pieces), sum(p.count for p in pieces)
+    reasons = [reason for p in pieces for reason in p.reasons]
+    lines = [json.dumps(dict(zip(("row", "column", "reason"), reason, strict=True))) for reason in reasons]
+    write_bytes(folder / "quarantine.jsonl", "".join(line + "\n" for line in lines).encode())
+    if not rows and not bad:
+        raise DataError(f"{where}: has no rows")
+    if bad > data.max_bad_rows * (bad + rows):
+        shown = "; ".join(f"{row}: {f'`{column}` ' if column else ''}{reason}" for row, column, reason in reasons[:SHOWN])
+        more = f"; and {bad - SHOWN:,} more" if bad > SHOWN else ""
+        raise DataError(
+            f"{where}: {bad:,} of {bad + rows:,} rows cannot be used (data.max_bad_rows allows {data.max_bad_rows:.3g}): "
+            f"{shown}{more}: mend them, fill empty cells with a step `impute`, or allow more"
+        )
+
+
+def _layout(counts: np.ndarray, plan: Plan, where: str) -> list[tuple[SplitName, str, int, int]]:
+    """The shards in the order of the hashes: split, file, the first row's rank among all, rows. Raises DataError."""
+    out: list[tuple[SplitName, str, int, int]] = []
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    for split, share, first, end in shards.split_ranges(plan.data.split):
+        low, high = (int(ends[np.searchsorted(plan.edges, min(edge, 2**63 - 1))]) for edge in (first, end))
+        if share and low == high:
+            total = int(ends[-1])
+            raise DataError(f"{where}: the {split} split is empty: {share:.3g} of {total} rows; give it a larger share")
+        for i, length in enumerate(shards.shard_lengths(high - low, plan.data.shards)):
+            if length:
+                out.append((split, f"{split}-{i:05d}.parquet", low, length))
+                low += length
+    return out
+
+
+def _class_rows(pieces: list[Sorted], classes: tuple[str | int, ...], where: str) -> list[int]:
     """Training rows of each class. Raises DataError for a class without one, which can never be learnt."""
-    found = [int((train == i).sum()) for i in range(len(schema.classes))]
-    missing = [str(name) for name, rows in zip(schema.classes, found, strict=True) if not rows]
+    total: dict[str, int] = {}
+    for piece in pieces:
+        for label, rows in piece.classes.items():
+            total[label] = total.get(label, 0) + rows
+    found = [total.get(str(c) if isinstance(c, str) else str(float(c)), 0) for c in classes]
+    missing = [str(name) for name, rows in zip(classes, found, strict=True) if not rows]
     if missing:
         raise DataError(
             f"{where}: no training row of class {', '.join(missing[:5])}: more rows of it are needed, or another seed"
         )
     return found
+
+
+# --- 2. fit ----------------------------------------------------------------------------------------------------------------
+
+
+def _settled(data: Data, features: tuple[Feature, ...], empty: dict[str, int]) -> tuple[Feature, ...]:
+    """Which features a request may leave empty: where no step says it, those that the source leaves empty."""
+    if data.preprocess is not None:
+        return optional(data, features)
+    return tuple(f.model_copy(update={"optional": bool(empty[f.name])}) for f in features)
+
+
+def _narrowed(plan: Plan, pieces: list[Sorted]) -> tuple[Feature, ...]:
+    empty = {f.name: sum(p.empty.get(f.name, 0) for p in pieces) for f in plan.features}
+    return _settled(plan.data, plan.features, empty)
+
+
+def _first_bucket(plan: Plan) -> int:
+    return int(np.searchsorted(plan.edges, plan.first_train))
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    flat = values.astype(np.float64, copy=False).reshape(-1)
+    return flat[np.isfinite(flat)]
+
+
+def _gather(plan: Plan, pieces: list[Sorted], rows: int, so_far: Preprocessing, needs: dict[str, str]) -> dict[str, Any]:
+    """One pass over the training rows: statistics of some columns as the steps so far leave them."""
+    found: dict[str, Any] = {}
+    if exact := {n: need for n, need in needs.items() if need != "sample"}:
+        work = functools.partial(_statistics, plan, so_far, exact)
+        parts = across(work, [p for p in pieces if p.count], lambda *_: None, "")
+        found |= merged({n: Statistics.model_validate(s) for n, s in part.items()} for part in parts)
+    if drawn := [n for n, need in needs.items() if need == "sample"]:
+        # Hashes are uniform: the rows below one of them are a sample, the same however the source lies.
+        share = min(1.0, SAMPLE_ROWS / max(1, rows))
+        end = plan.first_train + int(share * (2**63 - 1 - plan.first_train))
+        columns = [columns for _, columns in _read_up_to(plan, pieces, _sources_of(plan, so_far, drawn), plan.first_train, end)]
+        made = [so_far.run(c) for c in columns]
+        found |= {n: np.concatenate([_numbers(m[n]) for m in made]) if made else np.empty(0) for n in drawn}
+    return found
+
+
+def _statistics(plan: Plan, so_far: Preprocessing, needs: dict[str, str], piece: dict[str, Any] | Sorted) -> dict[str, Any]:
+    record = piece if isinstance(piece, Sorted) else Sorted.model_validate(piece)
+    names = _sources_of(plan, so_far, list(needs))
+    parts = []
+    for _, columns in _read_piece(plan, record, range(_first_bucket(plan), len(record.buckets)), names):
+        made = so_far.run(columns)
+        parts.append({n: statistics(made[n], need) for n, need in needs.items()})
+    return {n: s.model_dump() for n, s in merged(parts).items()}
+
+
+def _sources_of(plan: Plan, so_far: Preprocessing, names: list[str]) -> list[str]:
+    """The features that these columns are made of."""
+    wanted = set(names)
+    for step in reversed(so_far.steps):
+        if step.step == "function" and step.settings["name"] in wanted:
+            wanted |= set(step.columns)
+    return [f.name for f in plan.features if f.name in wanted]
+
+
+def _read_piece(plan: Plan, piece: Sorted, buckets: Any, names: list[str] | None) -> Any:
+    """(hashes, columns) of some buckets of a sorted piece, one bucket at a time."""
+    if not piece.count:
+        return
+    groups = np.cumsum([n > 0 for n in piece.buckets]) - 1
+    file = plan.rows / piece.file
+    with shards.open_shard(file, plan.keys) as opened:
+        for bucket in buckets:
+            if piece.buckets[bucket]:
+                table = shards.read_table(opened, file, [int(groups[bucket])], None if names is None else [*names, HASH])
+                yield schemas.to_numpy(table.column(HASH)), _columns(plan, table)
+
+
+def _columns(plan: Plan, table: pa.Table) -> Columns:
+    kinds: dict[str, Any] = {f.name: f.kind for f in plan.features} | {
+        TARGET: "number" if plan.number_target else "text",
+        WEIGHT: "number",
+    }
+    return {n: schemas.column_of(table.column(n), kinds[n]) for n in table.column_names if n != HASH}
+
+
+def _read_up_to(plan: Plan, pieces: list[Sorted], names: list[str] | None, first: int, end: int) -> Any:
+    """The rows whose hash lies in a range, a bucket of a piece at a time."""
+    low, high = int(np.searchsorted(plan.edges, first, "right")) - 1, int(np.searchsorted(plan.edges, end))
+    for piece in pieces:
+        for hashes, columns in _read_piece(plan, piece, range(low, min(high, len(piece.buckets))), names):
+            rows = np.flatnonzero((hashes >= first) & (hashes < end))
+            if len(rows):
+                yield hashes[rows], _taken(columns, rows)
+
+
+# --- 3. write --------------------------------------------------------------------------------------------------------------
+
+
+def _read_buckets(plan: Plan, pieces: list[Sorted], buckets: Any) -> Any:
+    """(bucket, its columns over all pieces in the order of the hashes), one at a time."""
+    for bucket in buckets:
+        found = [part for piece in pieces for part in _read_piece(plan, piece, [bucket], None)]
+        if found:
+            order = np.argsort(np.concatenate([h for h, _ in found]), kind="stable")
+            yield bucket, {n: _some(_joined([c[n] for _, c in found]), order) for n in found[0][1]}
+
+
+def _write(
+    plan: Plan, pieces: list[Sorted], counts: np.ndarray, schema: Schema, preprocessing: Preprocessing, window: int, item: Any
+) -> dict[str, Any]:
+    """One shard, unless it is there already; its record."""
+    split, name, first, rows = item
+    record = plan.folder / f"{name}.done"
+    if record.exists():
+        return read_json(record)
+    ends = np.cumsum(counts)
+    low, high = int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, first + rows))
+    writer = shards.Writer(plan.folder / name, window, plan.keys)
+    try:
+        for bucket, columns in _read_buckets(plan, pieces, range(low, high + 1)):
+            start = int(ends[bucket] - counts[bucket])
+            own = slice(max(0, first - start), first + rows - start)
+            mine = {n: v[own] for n, v in columns.items()}
+            target = schemas.class_index(mine.pop(TARGET), schema)
+            weight = {WEIGHT: mine.pop(WEIGHT).astype(np.float32)} if WEIGHT in mine else {}
+            made = mine if split == "test" else preprocessing.apply(mine)
+            writer.write({**made, TARGET: target, **weight})
+        shard = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    write_json(record, shard.model_dump())
+    return shard.model_dump()
+
+
+def _sample(plan: Plan, pieces: list[Sorted], rows: int) -> Any:
+    """Some rows of every split for the profile: (hashes, columns with the target)."""
+    share = min(1.0, 20_000 / max(1, rows))
+    found = []
+    for _, _, first, end in shards.split_ranges(plan.data.split):
+        if end > first:
+            found += list(_read_up_to(plan, pieces, None, first, first + int(share * (min(end, 2**63 - 1) - first)) + 1))
+    if not found:
+        return np.empty(0, np.int64), {}
+    return np.concatenate([h for h, _ in found]), {n: _joined([c[n] for _, c in found]) for n in found[0][1]}

@@ -53,8 +53,8 @@ def execute(project: Project, base: Path, run: Run) -> None:
     update = run.display.update
 
     def do_prepare(folder: Path) -> None:
-        if sealing:
-            sealing.secret(DATA_KEY, create=True)
+        if sealing and not sealing.versions(DATA_KEY):
+            sealing.rotate(DATA_KEY)
         prepare(project.data, base, sealing, folder, update)
 
     def do_train(folder: Path) -> None:
@@ -69,8 +69,11 @@ def execute(project: Project, base: Path, run: Run) -> None:
 
     source = open_source(project.data, base)
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": _code(base)}
+    prepared_by = {"data": project.data.model_dump(), "source": source.identity()}
+    if any(step.step == "function" for step in project.data.preprocess or []):
+        prepared_by["code"] = _code(base)
     for stage in (
-        Stage("prepare", (), {"data": project.data.model_dump(), "source": source.identity()}, do_prepare),
+        Stage("prepare", (), prepared_by, do_prepare),
         Stage("train", ("prepare",), trained_by, do_train),
         Stage(
             "evaluate", ("prepare", "train"), {}, lambda folder: evaluate(run["prepare"], run["train"], sealing, folder, update)

@@ -21,7 +21,7 @@ from .anomaly import Anomaly, Detector
 from .cut import Cut, choose, nodes, split
 from .model import build, compile_parts
 from .rate import rate
-from .steps import OWN, Signals, claim, fed
+from .steps import OWN, Signals, claim, fed, on_device
 from .watch import Watch
 
 Arrays = list[np.ndarray]
@@ -127,19 +127,19 @@ class Stage:
         def weights_values() -> Any:
             return [v.value for v in weights]
 
-        def result(inputs: Any, target: Any, training: bool) -> Any:
+        def result(inputs: Any, target: Any, weight: Any, training: bool) -> Any:
             made = tf.cast(outputs(list(inputs), training)[0], tf.float32)
-            rows = self.loss(target[:, None] if self.one_value else target, made)
+            rows = weight * self.loss(target[:, None] if self.one_value else target, made)
             self.meters[0].update_state(rows)
             for meter in self.meters[1:]:
                 meter.update_state(target, made)
             return rows
 
         @tf.function(autograph=False)
-        def last(inputs: Any, target: Any, everyone: Any) -> Any:
+        def last(inputs: Any, target: Any, weight: Any, everyone: Any) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
-                rows = result(inputs, target, True)
+                rows = result(inputs, target, weight, True)
                 total = tf.reduce_sum(rows) / everyone + added()
             found = tape.gradient(total, [*weights_values(), *differentiable(inputs)])
             accumulate(found[: len(weights)])
@@ -150,8 +150,8 @@ class Stage:
             return outputs(list(inputs), False)
 
         @tf.function(autograph=False)
-        def judge(inputs: Any, target: Any) -> None:
-            result(inputs, target, False)
+        def judge(inputs: Any, target: Any, weight: Any) -> None:
+            result(inputs, target, weight, False)
 
         @tf.function(autograph=False)
         def apply(gradients: Any, scale: Any) -> None:
@@ -174,26 +174,27 @@ class Stage:
         seed = self.train.seed if split == "train" else None
         part = Part(self.job.prepared, self.manifest, split, self.job.keys, self.replica, self.replicas, batch, seed)  # pyright: ignore
 
-        def pieces() -> Iterator[tuple[Any, np.ndarray, float]]:
+        def pieces() -> Iterator[tuple[Any, np.ndarray, np.ndarray, float]]:
             for block in blocks(part, first, end):
                 for i, everyone in enumerate(block.everyone):
                     rows = slice(block.edges[i], block.edges[i + 1])
-                    yield {n: v[rows] for n, v in block.inputs.items()}, block.target[rows], float(everyone)
+                    yield {n: v[rows] for n, v in block.inputs.items()}, block.target[rows], block.weight[rows], float(everyone)
 
         self.feeds[split] = pieces()
 
     def begin(self, split: str) -> Any:
-        """The targets of the next step's micro-batches, and the rows of the step; the inputs stay here."""
-        inputs, target, self.everyone = next(self.feeds[split])
+        """The targets and weights of the next step's micro-batches, and the rows of the step; the inputs stay here."""
+        inputs, target, weight, self.everyone = next(self.feeds[split])
         edges = [len(target) * i // self.micro for i in range(self.micro + 1)]
         self.inputs = [{n: v[a:b] for n, v in inputs.items()} for a, b in itertools.pairwise(edges)]
-        return (*(target[a:b] for a, b in itertools.pairwise(edges)), self.everyone)
+        return (*((target[a:b], weight[a:b]) for a, b in itertools.pairwise(edges)), self.everyone)
 
     def _given(self, micro: int, inputs: tuple[Arrays, ...]) -> Any:
         import tensorflow as tf
 
-        given = [self.inputs[micro][n] for n in self.schema.inputs] if self.index == 0 else inputs[0]
-        return [tf.convert_to_tensor(v) for v in given]
+        if self.index == 0:
+            return [on_device(self.inputs[micro][n]) for n in self.schema.inputs]
+        return [tf.convert_to_tensor(v) for v in inputs[0]]
 
     @_timed
     def forward(self, micro: int, *inputs: Arrays) -> Arrays:
@@ -239,21 +240,22 @@ class Stage:
         return [] if self.index == 0 else [g.numpy() for g in found]
 
     @_timed
-    def last(self, micro: int, target: np.ndarray, everyone: float, inputs: Arrays) -> tuple[Arrays, float]:
+    def last(self, micro: int, target: tuple[np.ndarray, np.ndarray], everyone: float, inputs: Arrays) -> tuple[Arrays, float]:
         """The last stage's forward and backward at once: (gradients of its inputs, its part of the step's loss)."""
         import tensorflow as tf
 
         given = self._given(micro, (inputs,))
-        found, loss = self._last(given, tf.convert_to_tensor(target), tf.constant(everyone, tf.float32))
+        labels, weights = map(tf.convert_to_tensor, target)
+        found, loss = self._last(given, labels, weights, tf.constant(everyone, tf.float32))
         return [g.numpy() for g in found], float(loss)
 
     def evaluate(self, micro: int, *inputs: Arrays) -> Arrays:
         return [v.numpy() for v in self._evaluate(self._given(micro, inputs))]
 
-    def judge(self, micro: int, target: np.ndarray, inputs: Arrays) -> None:
+    def judge(self, micro: int, target: tuple[np.ndarray, np.ndarray], inputs: Arrays) -> None:
         import tensorflow as tf
 
-        self._judge(self._given(micro, (inputs,)), tf.convert_to_tensor(target))
+        self._judge(self._given(micro, (inputs,)), *map(tf.convert_to_tensor, target))
 
     def gradient(self) -> Arrays:
         """The step's summed gradient of this stage and replica."""

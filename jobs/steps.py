@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets.ingest import Block
+from ..datasets.schema import PIXEL
 
 ORDER, STEP, WAIT, MEMORY, SAVED, DIGEST = 0, 1, 2, 3, 4, slice(5, 8)
 """What a rank's host says in each call: orders (bits), seconds of a step, share of the time that it waited for rows,
@@ -34,6 +35,16 @@ OWN = 5
 def fed(inputs: dict[str, Any]) -> Any:
     """Inputs as a Keras model takes them: one tensor alone, several by name."""
     return inputs if len(inputs) > 1 else next(iter(inputs.values()))
+
+
+def on_device(values: np.ndarray) -> Any:
+    """An input as the model gets it (`schema.as_fed`), moved as it is and made float32 where the model is."""
+    import tensorflow as tf
+
+    moved = tf.convert_to_tensor(values)
+    if moved.dtype == tf.float32:
+        return moved
+    return tf.cast(moved, tf.float32) * (PIXEL if moved.dtype == tf.uint8 else 1.0)
 
 
 def claim(processes: int, operations: int) -> list[Any]:
@@ -101,8 +112,8 @@ class Steps:
 
         shapes, kind = specs
         # Named once: else each new number of rows would be traced, which takes seconds.
-        rows_spec = ({n: tf.TensorSpec((None, *s)) for n, s in shapes.items()}, tf.TensorSpec((None,), kind))
         whole, wholes, number = tf.TensorSpec((), tf.int32), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None,))
+        rows_spec = ({n: tf.TensorSpec((None, *s)) for n, s in shapes.items()}, tf.TensorSpec((None,), kind), number)
 
         def replica() -> int:
             """This replica's place in its own process."""
@@ -117,40 +128,43 @@ class Steps:
             a, b = low + (high - low) * piece // pieces, low + (high - low) * (piece + 1) // pieces
             return tf.nest.map_structure(lambda values: values[a:b], block)
 
-        def forward(inputs: Any, target: Any, training: bool) -> tuple[Any, Any]:
+        def forward(rows: Any, training: bool) -> tuple[Any, Any]:
+            inputs, target, weight = rows
             outputs = tf.cast(model(fed(inputs), training=training), tf.float32)
-            return objective(target[:, None] if one_value else target, outputs), outputs
+            return weight * objective(target[:, None] if one_value else target, outputs), outputs
 
         @tf.function(jit_compile=xla, autograph=False)
-        def differentiate(inputs: Any, target: Any, everyone: Any) -> tuple[Any, Any, Any]:
+        def differentiate(rows: Any, everyone: Any) -> tuple[Any, Any, Any]:
             with tf.GradientTape() as tape:
-                rows, outputs = forward(inputs, target, True)
-                total = tf.reduce_sum(rows) / everyone
+                losses, outputs = forward(rows, True)
+                total = tf.reduce_sum(losses) / everyone
                 if model.losses:
                     total += tf.cast(tf.add_n(model.losses), tf.float32) / (replicas * split)
                 if scale is not None:
                     total *= scale.value
             unused = tf.UnconnectedGradients.ZERO
             gradients = tape.gradient(total, variables, unconnected_gradients=unused)
-            return [tf.convert_to_tensor(g) for g in gradients], rows, outputs
+            return [tf.convert_to_tensor(g) for g in gradients], losses, outputs
 
-        def metered(inputs: Any, target: Any, everyone: Any) -> tuple[Any, Any]:
-            gradients, rows, outputs = differentiate(inputs, target, everyone)
-            meters[0].update_state(rows)
-            for meter in meters[1:]:
-                meter.update_state(target, outputs)
-            return gradients, tf.reduce_sum(rows)
+        def meter(target: Any, losses: Any, outputs: Any) -> None:
+            meters[0].update_state(losses)
+            for other in meters[1:]:
+                other.update_state(target, outputs)
+
+        def metered(rows: Any, everyone: Any) -> tuple[Any, Any]:
+            gradients, losses, outputs = differentiate(rows, everyone)
+            meter(rows[1], losses, outputs)
+            return gradients, tf.reduce_sum(losses)
 
         def train_step(block: Any, low: Any, high: Any, everyone: Any, clock: Any, host: Any) -> tuple[Any, Any, Any]:
             mine = cut(block, low, high, replica(), local)
             if split == 1:
-                gradients, loss = metered(mine[0], mine[1], everyone)
+                gradients, loss = metered(mine, everyone)
             else:
                 gradients, loss = [tf.zeros(v.shape) for v in variables], tf.zeros(())
                 rows = tf.shape(mine[1])[0]
                 for piece in tf.range(split):
-                    inputs, target = cut(mine, 0, rows, piece, split)
-                    more, part = metered(inputs, target, everyone)
+                    more, part = metered(cut(mine, 0, rows, piece, split), everyone)
                     gradients, loss = [a + b for a, b in zip(gradients, more, strict=True)], loss + part
             computed = tf.cast(stamp(gradients[0]) - clock, tf.float32)
             first = 1.0 if replica() == 0 else 0.0
@@ -173,11 +187,8 @@ class Steps:
             return tf.concat([own, said[1 : 1 + ranks]], 0), said[1 + ranks :], stamp(norm)
 
         def evaluate_step(block: Any, low: Any, high: Any) -> None:
-            inputs, target = cut(block, low, high, replica(), local)
-            rows, outputs = forward(inputs, target, False)
-            meters[0].update_state(rows)
-            for meter in meters[1:]:
-                meter.update_state(target, outputs)
+            rows = cut(block, low, high, replica(), local)
+            meter(rows[1], *forward(rows, False))
 
         def mine(values: Any) -> Any:
             return strategy.experimental_local_results(values)[0]
@@ -281,7 +292,8 @@ class LossScale:
 class Fed:
     """A block on the device."""
 
-    rows: tuple[dict[str, Any], Any]
+    rows: tuple[dict[str, Any], Any, Any]
+    """Inputs, target, weight."""
     edges: Any
     everyone: Any
     steps: int
@@ -303,7 +315,8 @@ class Feed:
         try:
             for block in blocks:
                 with tf.device(device):
-                    rows = tf.nest.map_structure(tf.convert_to_tensor, (block.inputs, block.target))
+                    inputs = {name: on_device(values) for name, values in block.inputs.items()}
+                    rows = (inputs, tf.convert_to_tensor(block.target), tf.convert_to_tensor(block.weight))
                 edges = tf.convert_to_tensor(block.edges)
                 if not self._put(Fed(rows, edges, tf.convert_to_tensor(block.everyone), len(block.everyone))):
                     return

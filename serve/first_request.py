@@ -9,7 +9,7 @@ import numpy as np
 from ..cluster.keys import KeyStore
 from ..cluster.storage import write_json
 from ..datasets import shards
-from ..datasets.schema import Schema
+from ..datasets.schema import Columns, Schema, to_instances, to_numpy
 from ..datasets.shards import TARGET, Manifest
 from ..jobs.engine import Engine
 from ..jobs.run import key_store
@@ -26,21 +26,21 @@ def execute(project: Project, base: Path, run: Run) -> None:
 
     def work(folder: Path) -> None:
         run.display.update(f"starting the endpoint on {endpoint.url}")
-        row, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
+        columns, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
+        row = to_instances(columns, schema)
         with Client(start(endpoint, run.cluster), project.name, trust=keys.public_key()) as client:
             run.display.update("sending one sealed request")
             started = time.monotonic()
-            answer = np.asarray(client.predict([{name: values[0] for name, values in row.items()}])[0])
+            answer = np.asarray(client.predict(row)[0])
             seconds = time.monotonic() - started
-        own = Engine(run["bundle"] / "model.onnx", run["bundle"]).predict(row)[0]
+        own = Engine(run["bundle"] / "model.onnx", run["bundle"]).predict(columns)[0]
         seen: dict[str, Any] = {"prediction": float(answer), "truth": float(truth)} if not schema.classes else {
             "prediction": schema.classes[int(answer.argmax())],
             "probability": float(answer.max()),
             "truth": schema.classes[int(truth)],
         }  # fmt: skip
-        inputs = {name: values[0].tolist() for name, values in row.items()}
         gap = float(np.abs(answer - own).max())
-        write_json(folder / "request.json", {**seen, "gap_to_local_model": gap, "seconds": round(seconds, 4), "inputs": inputs})
+        write_json(folder / "request.json", {**seen, "gap_to_local_model": gap, "seconds": round(seconds, 4), "inputs": row[0]})
 
     run.execute(Stage("predict", ("bundle",), project.serve.model_dump(), work))
 
@@ -51,9 +51,9 @@ def require_port(project: Project, run: Run) -> None:
         check_port(project.serve)
 
 
-def _test_row(prepared: Path, keys: KeyStore | None) -> tuple[dict[str, np.ndarray], Any, Schema]:
+def _test_row(prepared: Path, keys: KeyStore | None) -> tuple[Columns, Any, Schema]:
     schema = Schema.read(prepared)
     file = prepared / Manifest.read(prepared).splits["test"][0].file
     with shards.open_shard(file, keys) as shard:
-        columns = shards.read_rows(shard, file, [0])
-    return {name: values[:1] for name, values in shards.to_features(columns, schema).items()}, columns[TARGET][0], schema
+        table = shards.read_table(shard, file, [0]).slice(0, 1)
+    return schema.columns(table), to_numpy(table.column(TARGET))[0], schema

@@ -7,6 +7,7 @@ from heliograph.errors import ProjectError
 from .conftest import ROOT
 
 GOOD = "name: x\ndata: {source: a.csv, target: y}\n"
+STEP = "name: x\ndata: {{source: a.csv, target: y, preprocess:\n  [{}]}}\n"
 
 
 def load(tmp_path, text: str) -> project.Project:
@@ -51,13 +52,13 @@ serve: {host: 0.0.0.0}
 """
     assert problems(tmp_path, text) == [
         "heliograph.yaml:1: name: found 'Digits': should be the model's name in URLs: lower-case letters, digits, `-` and `_`",
-        "heliograph.yaml:2: data.source: is missing: `sklearn://digits`, or a path or glob of `.parquet` or `.csv` files, "
-        "relative to the project",
+        "heliograph.yaml:2: data.source: is missing: `sklearn://digits`, a path or glob or `s3://` address of files "
+        "or of images in folders, or `file:function`",
         "heliograph.yaml:3: data.sorce: unknown key: did you mean `source`?",
         "heliograph.yaml:4: data.target: found 3: should be a valid string",
         "heliograph.yaml:5: data.split: found {'validation': 0.9, 'test': 0.2}: "
         "validation and test together must leave rows to train on (their sum below 1)",
-        "heliograph.yaml:7: data.preprocess[0].step: found 'standardize': should be 'standardise' or 'min_max'",
+        "heliograph.yaml:7: data.preprocess[0].step: found 'standardize': did you mean `standardise`?",
         "heliograph.yaml:9: train.workers: found 0: should be greater than or equal to 1",
         "heliograph.yaml:11: train.epochs: stands here a second time: keep one",
         "heliograph.yaml:12: train.optimizer.learning_rate: found -1: should be greater than 0",
@@ -79,6 +80,11 @@ serve: {host: 0.0.0.0}
             "model.build: found 'model.build': should be `file:function`",
         ),
         (GOOD + "serve: {port: 70000}\n", "heliograph.yaml:3: serve.port: found 70000: should be less than or equal to 65535"),
+        (STEP.format("{step: clip, lo: 1}"), "heliograph.yaml:3: data.preprocess[0].lo: unknown key: did you mean `low`?"),
+        (STEP.format("{step: clip}"), "data.preprocess[0]: found {'step': 'clip'}: clip needs `low` or `high`"),
+        (STEP.format("{columns: [a]}"), "data.preprocess[0].step: is missing: known here: impute, standardise"),
+        (STEP.format("{step: pad}"), "heliograph.yaml:3: data.preprocess[0].length: is missing"),
+        (STEP.format("{step: pad, length: 0}"), "data.preprocess[0].length: found 0: should be greater than or equal to 1"),
         (GOOD + "train:\n", "heliograph.yaml:3: train: found nothing: should be a valid dictionary"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from heliograph.cluster.storage import write_json
 from heliograph.datasets import shards
 from heliograph.datasets.ingest import Part, blocks
-from heliograph.datasets.schema import Feature, Schema
+from heliograph.datasets.schema import Schema
 from heliograph.datasets.shards import TARGET, Manifest
 
 
@@ -18,7 +18,7 @@ def prepared(folder, rows: int, pieces: int, window: int) -> Manifest:
         numbers = np.arange(starts[i], starts[i] + length)
         columns = {"x": numbers.astype("f4")[:, None], TARGET: numbers}
         written.append(shards.write_shard(folder / f"{i}.parquet", columns, window, None))
-    schema = Schema(task="classification", target="number", classes=(0, 1), features=(Feature(name="x", shape=(1,)),))
+    schema = Schema(task="classification", target="number", classes=(0, 1), features=(), inputs={"x": (1,)})
     write_json(folder / "schema.json", schema.model_dump())
     return Manifest(splits={"train": written}, window=window, row_bytes=12, encrypted=False)
 

@@ -3,18 +3,27 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliograph.datasets.schema import Feature, Schema, arrays, infer, parse_instances
+from heliograph.datasets.schema import Bad, Feature, Labels, Schema, infer, number_target, parse_instances, targets, typed
 from heliograph.errors import DataError, RequestError
 from heliograph.project import Data
 
-IMAGE = Schema(task="classification", target="y", classes=(0, 1), features=(Feature(name="image", shape=(2, 2)),))
-TABLE = Schema(task="regression", target="y", features=(Feature(name="age", shape=()), Feature(name="curve", shape=(3,))))
+IMAGE = Schema(
+    task="classification",
+    target="y",
+    classes=(0, 1),
+    features=(Feature(name="image", kind="tensor", shape=(2, 2)),),
+    inputs={"image": (2, 2)},
+)
+TABLE = Schema(
+    task="regression",
+    target="y",
+    features=(Feature(name="age"), Feature(name="curve", kind="tensor", shape=(3,))),
+    inputs={"features": (1,), "curve": (3,)},
+)
 
 
-def test_inputs_are_one_vector_of_numbers_and_a_tensor_each():
-    assert IMAGE.inputs == {"image": (2, 2)}
+def test_a_model_of_several_inputs_has_no_single_shape():
     assert IMAGE.input_shape == (2, 2)
-    assert TABLE.inputs == {"features": (1,), "curve": (3,)}
     with pytest.raises(ValueError, match="2 inputs"):
         _ = TABLE.input_shape
 
@@ -43,6 +52,8 @@ def test_a_row_is_an_object_or_the_value_alone():
         ([{"image": [[1, 2], [3, 4]]}, 7], IMAGE, "row 1: `image` has the shape []"),
         ([5], TABLE, "row 0: must be an object with `age`, `curve`"),
         ([{"age": 5}], TABLE, "row 0: lacks `curve`"),
+        ([{"age": "secret", "curve": [1, 2, 3]}], TABLE, "row 0: `age` must be a finite number"),
+        ([{"age": float("inf"), "curve": [1, 2, 3]}], TABLE, "row 0: `age` must be a finite number"),
         ([{"age": 5, "curve": [1, 2, 3], "secret": 1}], TABLE, "row 0: has 1 unknown features"),
     ],
 )
@@ -54,35 +65,76 @@ def test_a_wrong_row_is_refused_with_a_reason_that_repeats_no_value(instances, s
     assert caught.value.status == 400
 
 
-def inferred(target: pa.Array, **options) -> Schema:
-    table = pa.table({"x": pa.array(np.arange(len(target), dtype=np.float64)), "y": target})
-    return infer(table, table.column("y"), Data(source="s", target="y", **options), "s")
+def classes(target: pa.Array, **options) -> tuple:
+    data = Data(source="s", target="y", **options)
+    labels, column = Labels(), pa.chunked_array([target])
+    labels.add(targets(column, data, number_target(column, data), Bad(len(target))))
+    return labels.classes(data, "s")
 
 
 def test_the_task_follows_from_the_target():
-    assert inferred(pa.array(["b", "a", "b"])).classes == ("a", "b")
-    assert inferred(pa.array([2.0, 1.0])).classes == (1, 2)
-    assert inferred(pa.array([0.5, 1.0])).task == "regression"
-    assert inferred(pa.array(list(range(200)))).task == "regression"
-    assert inferred(pa.array(list(range(200))), task="classification").outputs == 200
-    assert inferred(pa.array([1, 2]), task="regression").outputs == 1
+    assert classes(pa.array(["b", "a", "b"])) == ("a", "b")
+    assert classes(pa.array([2.0, 1.0])) == (1, 2)
+    assert classes(pa.array([True, False])) == (0, 1)
+    assert classes(pa.array([0.5, 1.0])) == ()
+    assert classes(pa.array(list(range(200)))) == ()
+    assert len(classes(pa.array(list(range(200))), task="classification")) == 200
+    assert classes(pa.array([1, 2]), task="regression") == ()
 
 
 @pytest.mark.parametrize(
-    ("target", "reason"),
+    ("target", "options", "reason"),
     [
-        (pa.array([1, 1]), "one class only"),
-        (pa.array([1, None]), "empty in 1 rows"),
-        (pa.array([1.0, float("nan")]), "NaN or infinity"),
+        (pa.array([1, 1]), {}, "one value only"),
+        (pa.array([None], pa.float64()), {}, "is empty in every row"),
+        (pa.array([1.5, 2.0]), {"task": "classification"}, "has fractions"),
+        (pa.array([[1], [2]]), {}, "numbers or text can be predicted"),
     ],
 )
-def test_an_unusable_target_is_refused(target, reason):
+def test_an_unusable_target_is_refused(target, options, reason):
     with pytest.raises(DataError, match=reason):
-        inferred(target)
+        classes(target, **options)
 
 
-def test_empty_cells_and_uneven_lists_are_refused_with_the_column():
-    with pytest.raises(DataError, match="column `age`: empty, NaN or infinite in 1 rows"):
-        arrays(pa.table({"age": pa.array([1.0, None]), "curve": pa.array([[1, 2, 3]] * 2)}), TABLE)
-    with pytest.raises(DataError, match=r"column `curve`: not every row has the shape \[3\]"):
-        arrays(pa.table({"age": pa.array([1.0, 2.0]), "curve": pa.array([[1, 2, 3], [1, 2]])}), TABLE)
+def test_types_say_what_columns_hold():
+    table = pa.table(
+        {
+            "n": [1, 2], "t": ["a", "b"], "d": pa.array([0, 1], pa.date32()), "b": [True, False], "i": [b"x", b"y"],
+            "v": [[1.0, 2.0], [3.0, 4.0]], "r": [[1], [2, 3]], "m": [[[1, 2], [3, 4]]] * 2, "y": [0, 1],
+        }
+    )  # fmt: skip
+    found = {f.name: (f.kind, f.shape) for f in infer(table, Data(source="s", target="y"), "s")}
+    assert found == {
+        "n": ("number", ()), "t": ("text", ()), "d": ("time", ()), "b": ("number", ()), "i": ("image", ()),
+        "v": ("tensor", (2,)), "r": ("list", ()), "m": ("tensor", (2, 2)),
+    }  # fmt: skip
+    named = infer(table, Data(source="s", target="y", features=["n"], types={"n": "text"}), "s")
+    assert named[0].kind == "text"
+
+
+def test_what_does_not_fit_its_kind_is_noted_by_row_with_the_column():
+    features = (
+        Feature(name="n"),
+        Feature(name="o", optional=True),
+        Feature(name="m", kind="tensor", shape=(2,)),
+        Feature(name="w", kind="time"),
+    )  # fmt: skip
+    table = pa.table(
+        {
+            "n": ["1", "x", "3", None, "inf"],
+            "o": [1.0, None, float("nan"), 4.0, 5.0],
+            "m": [[1, 2], [1, 2], [1], [1, 2], [1, 2]],
+            "w": ["2024-01-01", "2024-01-01", "2024-01-01", "2024-01-01", "soon"],
+        }
+    )
+    bad = Bad(5)
+    columns = typed(table, features, bad)
+    assert bad.reasons == {
+        1: ("n", "not a number"),
+        2: ("m", "not numbers in the shape [2]"),
+        3: ("n", "empty"),
+        4: ("n", "infinite"),
+    }
+    assert columns["n"][0] == 1.0
+    assert np.isnan(columns["o"][[1, 2]]).all()
+    assert columns["w"][0] == 1704067200.0

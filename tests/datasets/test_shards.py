@@ -1,6 +1,7 @@
 """Splits that only the rows decide, shards that differ by a row at most, and bytes that nobody else can read."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from heliograph.cluster.keys import DATA_KEY, KeyStore
 from heliograph.datasets import shards
@@ -59,7 +60,7 @@ def test_shards_differ_by_one_row_at_most_and_the_longer_come_first(count, piece
 @pytest.fixture
 def keys(tmp_path) -> KeyStore:
     store = KeyStore(tmp_path / "keys")
-    store.secret(DATA_KEY, create=True)
+    store.rotate(DATA_KEY)
     return store
 
 
@@ -98,7 +99,7 @@ def test_another_key_no_key_and_a_changed_byte_are_refused(tmp_path, keys, colum
     other = KeyStore(tmp_path / "other")
     with pytest.raises(KeyStoreError, match="no such key"):
         shards.open_shard(file, other)
-    other.secret(DATA_KEY, create=True)
+    other.rotate(DATA_KEY)
     with pytest.raises(KeyStoreError, match="is not the one that encrypted"):
         shards.open_shard(file, KeyStore(tmp_path / "other"))
     with pytest.raises(DataError, match="damaged or sealed"):
@@ -111,6 +112,56 @@ def test_another_key_no_key_and_a_changed_byte_are_refused(tmp_path, keys, colum
 
 
 def test_a_key_that_others_may_read_is_refused(keys):
-    (keys.folder / f"{DATA_KEY}.key").chmod(0o644)
+    (keys.folder / f"{DATA_KEY}-1.key").chmod(0o644)
     with pytest.raises(KeyStoreError, match="chmod 600"):
-        keys.secret(DATA_KEY)
+        keys.wrap(DATA_KEY, b"x" * 16)
+
+
+def test_a_rotated_key_opens_what_it_never_wrote_and_no_data_is_written_again(tmp_path, keys, columns):
+    file = tmp_path / "a.parquet"
+    shards.write_shard(file, columns, 16, keys)
+    before = file.read_bytes()
+    assert keys.rotate(DATA_KEY) == 2
+    shards.rotate(file, keys)
+    assert keys.retire(DATA_KEY) == 1
+    assert keys.versions(DATA_KEY) == [2]
+    assert file.read_bytes() == before
+    shards._crypto.cache_clear()  # as another process
+    with shards.open_shard(file, keys) as shard:
+        assert np.array_equal(shards.read_rows(shard, file)["a"], columns["a"])
+
+
+def test_a_rotation_that_is_cut_off_is_finished_by_the_next(tmp_path, keys, columns):
+    file = tmp_path / "a.parquet"
+    shards.write_shard(file, columns, 16, keys)
+    material = shards._key_material(file)
+    material.rename(material.with_name(material.name + ".kept"))  # killed after the old one was removed
+    keys.rotate(DATA_KEY)
+    shards.rotate(file, keys)
+    keys.retire(DATA_KEY)
+    shards._crypto.cache_clear()
+    with shards.open_shard(file, keys) as shard:
+        assert shard.metadata.num_rows == 100
+    assert [f.name for f in tmp_path.iterdir() if f.name.endswith((".kept", ".part"))] == []
+
+
+def test_texts_images_and_lists_come_back_and_count_in_the_hash(tmp_path):
+    texts, lists = pa.array(["a", None, "b"]), pa.array([[1.0], [], [2.0, 3.0]])
+    columns = {"t": texts, "l": lists, TARGET: np.arange(3)}
+    shards.write_shard(tmp_path / "a", columns, 2, None)
+    with shards.open_shard(tmp_path / "a", None) as shard:
+        table = shards.read_table(shard, tmp_path / "a")
+    assert table["t"].to_pylist() == ["a", None, "b"]
+    assert table["l"].to_pylist() == [[1.0], [], [2.0, 3.0]]
+    target = np.zeros(3)
+    hashes = shards.row_hashes({"t": texts, "l": lists}, target, 0)
+    assert len(set(hashes)) == 3
+    assert (hashes[::-1] == shards.row_hashes({"t": texts.take([2, 1, 0]), "l": lists.take([2, 1, 0])}, target, 0)).all()
+
+
+def test_equal_rows_have_one_content_hash_whether_sealed_or_not(tmp_path, keys, columns):
+    sealed = shards.write_shard(tmp_path / "a", columns, 16, keys)
+    clear = shards.write_shard(tmp_path / "b", columns, 16, None)
+    again = shards.write_shard(tmp_path / "c", columns, 16, keys)
+    assert sealed.sha256 == clear.sha256 == again.sha256
+    assert shards.write_shard(tmp_path / "d", {**columns, TARGET: np.ones(100)}, 16, keys).sha256 != sealed.sha256

@@ -1,15 +1,24 @@
-"""Preparation gives the same shards for the same rows, wherever and however they lie."""
+"""Preparation gives the same shards for the same rows, wherever and however they lie, and however often it is killed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from heliograph.cluster.keys import DATA_KEY, KeyStore
 from heliograph.cluster.runtime import explained
 from heliograph.datasets import shards
 from heliograph.datasets.preprocess import Preprocessing
-from heliograph.datasets.shards import TARGET, Manifest
+from heliograph.datasets.schema import Schema
+from heliograph.datasets.shards import TARGET, WEIGHT, Manifest
 from heliograph.errors import DataError
+from heliograph.jobs import prepare as preparing
 from heliograph.jobs.prepare import prepare
 from heliograph.project import Data, Split
 
@@ -46,6 +55,15 @@ def prepared(folder, data: Data, silent) -> tuple[dict[str, list[np.ndarray]], P
     return found, Preprocessing.model_validate_json((out / "preprocess.json").read_text()), manifest
 
 
+def failed(data: Data, folder, silent) -> DataError:
+    with pytest.raises(Exception) as caught:
+        prepare(data, folder, None, folder, silent)
+    mistake = explained(caught.value)
+    assert isinstance(mistake, DataError), caught.value
+    assert not (folder / "manifest.json").exists()
+    return mistake
+
+
 def test_order_format_and_file_layout_change_nothing(cluster, tmp_path, silent):
     table = some_table()
     shuffled = table.take(np.random.default_rng(2).permutation(len(table)))
@@ -66,15 +84,83 @@ def test_order_format_and_file_layout_change_nothing(cluster, tmp_path, silent):
     assert features.mean(0) == pytest.approx([0, 0], abs=1e-5)
     assert features.std(0) == pytest.approx([1, 1], abs=1e-5)
     whole = np.column_stack([table["a"], table["b"]]).mean(0)
-    shifts = [fitted.steps[0].columns[n][0] for n in ("a", "b")]
+    shifts = [fitted.steps[0].columns[n]["shift"] for n in ("a", "b")]
     assert shifts != pytest.approx(list(whole), rel=1e-6)
-    assert shifts == pytest.approx([refitted.steps[0].columns[n][0] for n in ("a", "b")], rel=1e-6)
+    assert shifts == pytest.approx([refitted.steps[0].columns[n]["shift"] for n in ("a", "b")], rel=1e-6)
+
+
+def test_many_buckets_and_pieces_make_the_shards_that_one_makes(cluster, tmp_path, silent, monkeypatch):
+    write(tmp_path / "one", some_table(2000), "parquet", 1)
+    write(tmp_path / "many", some_table(2000), "parquet", 7)
+    data = Data(source="*.parquet", target="y", shards=3)
+    *_, one = prepared(tmp_path / "one", data, silent)
+    monkeypatch.setattr(preparing, "BUCKET_BYTES", 700)
+    *_, many = prepared(tmp_path / "many", data, silent)
+    assert [s.rows for s in one.splits["train"]] == [s.rows for s in many.splits["train"]]
+    assert one.splits["test"] == many.splits["test"]  # raw rows: equal to the byte
+
+
+def test_a_run_that_is_killed_ten_times_ends_with_the_same_manifest(cluster, tmp_path, silent):
+    import ray
+
+    write(tmp_path / "in", some_table(6000), "parquet", 12)
+    keys = KeyStore(tmp_path / "keys")
+    keys.rotate(DATA_KEY)
+    data = Data(source="in/*.parquet", target="y", shards=6)
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    prepare(data, tmp_path, keys, undisturbed, silent)
+    out = tmp_path / "killed"
+    out.mkdir()
+    code = f"""
+import os, ray
+from pathlib import Path
+from heliograph.cluster.keys import KeyStore
+from heliograph.jobs.prepare import prepare
+from heliograph.project import Data
+ray.init(address={ray.get_runtime_context().gcs_address!r}, log_to_driver=False)
+print("ready", flush=True)
+base = Path({str(tmp_path)!r})
+prepare(Data.model_validate_json({data.model_dump_json()!r}), base, KeyStore(base / "keys"), base / "killed", lambda *_: None)
+print("done", flush=True)
+"""
+    draw = random.Random(5)
+    kills = 0
+    for attempt in range(40):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert child.stdout.readline() == "ready\n", child.stderr.read()
+            if kills < 10:
+                wait = draw.uniform(0.2, 1.0 + 0.4 * attempt)
+                try:
+                    child.wait(wait)
+                except subprocess.TimeoutExpired:
+                    child.send_signal(signal.SIGKILL)
+                    kills += 1
+            _, errors = child.communicate(timeout=120)
+            if child.returncode == 0:
+                break
+            assert child.returncode == -signal.SIGKILL, errors
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    assert kills >= 3
+    assert Manifest.read(out) == Manifest.read(undisturbed)
+    assert (out / "preprocess.json").read_text() == (undisturbed / "preprocess.json").read_text()
+    left = {f.name for f in out.iterdir() if not f.name.startswith("_KEY")} ^ {
+        f.name for f in undisturbed.iterdir() if not f.name.startswith("_KEY")
+    }
+    assert left == set()
+    for piece in Manifest.read(out).splits["train"]:
+        with shards.open_shard(out / piece.file, keys) as shard:
+            assert len(shards.read_rows(shard, out / piece.file)[TARGET]) == piece.rows
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"split": Split(test=0.001)}, "the test split is empty: 0.001 of 300 rows; give it a larger share"),
+        ({"split": Split(test=0.0001)}, "the test split is empty: 0.0001 of 300 rows; give it a larger share"),
         ({"split": Split(validation=0.0001)}, "the validation split is empty"),
         ({"split": Split(validation=0.5, test=0.4999)}, "train split"),
     ],
@@ -87,10 +173,144 @@ def test_an_empty_split_is_one_line_and_leaves_no_manifest(cluster, tmp_path, si
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_an_empty_cell_is_said_with_its_column_from_inside_the_cluster(cluster, tmp_path, silent):
+def test_bad_rows_go_to_quarantine_and_too_many_stop_the_run(cluster, tmp_path, silent):
+    lines = ["a,b,y"] + [f"{i},{i % 7},{'uv'[i % 2]}" for i in range(200)]
+    lines[20] = "x,1,u"
+    lines[30] = "1,2,u,extra"
+    lines[40] = "inf,2,u"
+    lines[50] = "1,2,"
+    lines[60] = ",2,u"
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    steps = [{"step": "standardise"}]
+    data = Data.model_validate({"source": "rows.csv", "target": "y", "preprocess": steps})
+    mistake = str(failed(data, tmp_path, silent))
+    assert mistake.startswith(
+        "rows.csv: 5 of 200 rows cannot be used (data.max_bad_rows allows 0.001): rows.csv:31: 4 cells, not 3;"
+    )
+    for part in (
+        "rows.csv:21: `a` not a number",
+        "rows.csv:41: `a` infinite",
+        "rows.csv:51: `y` empty",
+        "rows.csv:61: `a` empty",
+    ):
+        assert part in mistake
+    assert len(mistake.splitlines()) == 1
+
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(data.model_copy(update={"max_bad_rows": 0.05}), tmp_path, None, out, silent)
+    rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert {"row": "rows.csv:41", "column": "a", "reason": "infinite"} in rows
+    assert len(rows) == 5
+    manifest = Manifest.read(out)
+    assert sum(manifest.rows(split) for split in ("train", "validation", "test")) == 195
+    profile = json.loads((out / "profile.json").read_text())
+    assert (profile["bad_rows"], profile["rows"]["train"]) == (5, manifest.rows("train"))
+
+
+def test_an_empty_cell_is_filled_where_nothing_else_is_said(cluster, tmp_path, silent):
     (tmp_path / "holes.csv").write_text("a,y\n" + "\n".join(f"{i},{'uv'[i % 2]}" for i in range(99)) + "\n,u\n")
-    with pytest.raises(Exception) as caught:
-        prepare(Data(source="holes.csv", target="y"), tmp_path, None, tmp_path, silent)
-    mistake = explained(caught.value)
-    assert isinstance(mistake, DataError)
-    assert str(mistake) == "column `a`: empty, NaN or infinite in 1 rows: drop or fill them"
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(Data(source="holes.csv", target="y"), tmp_path, None, out, silent)
+    assert [f.optional for f in Schema.read(out).features] == [True]
+    assert sum(Manifest.read(out).rows(s) for s in ("train", "validation", "test")) == 100
+
+
+def test_every_kind_of_column_reaches_its_shards(cluster, tmp_path, silent):
+    """Text, times, lists, weights; the test split raw, the others as the model reads them."""
+    draw = np.random.default_rng(3)
+    rows = [
+        {"n": float(draw.normal()) if i % 9 else None, "kind": "uvw"[i % 3], "said": f"word{i % 40} and more words here",
+         "when": f"2024-0{1 + i % 9}-01T00:00:00", "bag": [1.0] * (i % 4), "w": 1.0 + i % 2, "y": i * 0.5}
+        for i in range(400)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [
+        {"step": "impute"}, {"step": "robust_scale", "columns": ["n"]}, {"step": "one_hot", "columns": ["kind"]},
+        {"step": "tokenise", "length": 5}, {"step": "pad", "length": 3}, {"step": "date_parts", "parts": ["month"]},
+    ]  # fmt: skip
+    data = Data.model_validate(
+        {"source": "rows.jsonl", "target": "y", "weight": "w", "types": {"when": "time"}, "preprocess": steps}
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(data, tmp_path, None, out, silent)
+    schema = Schema.read(out)
+    assert schema.task == "regression"
+    assert schema.inputs == {"features": (1 + 3 + 2,), "said": (5,), "bag": (3,)}
+    state = Preprocessing.model_validate_json((out / "preprocess.json").read_text())
+    manifest = Manifest.read(out)
+    for split in ("train", "test"):
+        file = out / manifest.splits[split][0].file
+        with shards.open_shard(file, None) as shard:
+            table = shards.read_table(shard, file)
+        if split == "train":
+            assert set(table.column_names) == {"features", "said", "bag", TARGET, WEIGHT}
+        else:
+            made = state.apply(schema.columns(table))
+            assert {n: v.shape[1:] for n, v in made.items()} == schema.inputs
+        weights = table.column(WEIGHT).to_numpy()
+        assert set(weights) <= {1.0, 2.0}
+        assert ((table.column(TARGET).to_numpy() * 2 % 2 + 1) == weights).all()
+
+
+def test_a_function_of_the_project_gives_rows_as_a_ray_dataset(cluster, tmp_path, silent):
+    (tmp_path / "mine.py").write_text(
+        "import ray.data\n\n\ndef rows():\n    return ray.data.range(500).map(lambda r: {'x': r['id'] * 1.0, 'y': r['id'] % 2})\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(Data(source="mine:rows", target="y"), tmp_path, None, out, silent)
+    manifest = Manifest.read(out)
+    assert sum(manifest.rows(s) for s in ("train", "validation", "test")) == 500
+    again = tmp_path / "again"
+    again.mkdir()
+    prepare(Data(source="mine:rows", target="y"), tmp_path, None, again, silent)
+    assert Manifest.read(again) == manifest
+
+
+def test_broken_images_are_quarantined(cluster, tmp_path, silent):
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(draw.integers(0, 255, (12, 10, 3), np.uint8)).save(tmp_path / "pets" / kind / f"{i}.jpg")
+    whole = (tmp_path / "pets" / "cat" / "3.jpg").read_bytes()
+    (tmp_path / "pets" / "cat" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pets" / "dog" / "5.jpg").write_text("no image")
+    data = Data.model_validate(
+        {"source": "pets", "preprocess": [{"step": "resize", "height": 6, "width": 6}], "max_bad_rows": 0.1}
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(data, tmp_path, None, out, silent)
+    rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["cat/3.jpg", "dog/5.jpg"]
+    manifest = Manifest.read(out)
+    file = out / manifest.splits["train"][0].file
+    with shards.open_shard(file, None) as shard:
+        columns = shards.read_rows(shard, file)
+    assert columns["image"].dtype == np.uint8
+    assert columns["image"].shape[1:] == (6, 6, 3)
+
+
+def test_a_profile_finds_drift_and_rows_that_are_nearly_the_same(cluster, tmp_path, silent):
+    draw = np.random.default_rng(0)
+    twins = draw.normal(size=(300, 5))
+    x = np.concatenate([twins, twins + 1e-5, draw.normal(size=(400, 5))])
+    table = pa.table({f"x{i}": x[:, i] for i in range(5)} | {"flat": np.ones(1000), "y": np.arange(1000) % 2})
+    pq.write_table(table, tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(Data(source="t.parquet", target="y", split=Split(test=0.2)), tmp_path, None, out, silent)
+    found = json.loads((out / "profile.json").read_text())
+    assert found["near_duplicates"] > 50
+    assert any("has one value only" in w for w in found["warnings"])
+    assert any("nearly in the training split" in w for w in found["warnings"])
+    first = found["columns"][0]
+    assert sum(first["histogram"]) == pytest.approx(found["rows"]["train"], abs=2)
+    assert first["mean"] == pytest.approx(0, abs=0.1)
+    assert not any("differs" in w for w in found["warnings"])

@@ -23,7 +23,7 @@ def job(cluster, tmp_path_factory) -> Job:
     """The digits, prepared and sealed; the example's model without its dropout, whose masks depend on the batch's shape."""
     folder = tmp_path_factory.mktemp("train")
     keys = KeyStore(folder / "keys")
-    keys.secret(DATA_KEY, create=True)
+    keys.rotate(DATA_KEY)
     (folder / "prepared").mkdir()
     prepare(Data(source="sklearn://digits", target="target"), folder, keys, folder / "prepared", lambda *_: None)
     return Job(
