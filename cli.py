@@ -183,6 +183,28 @@ def predict(
             typer.echo(f"{answer:.6g}")
 
 
+@app.command("rotate-keys")
+def rotate_keys(
+    folder: ProjectFolder,
+    run: RunFolder = None,
+    retire: Annotated[
+        bool, typer.Option("--retire", help="Then remove the older keys. Other runs that share the store would lose theirs.")
+    ] = False,
+) -> None:
+    """Make a new key, and wrap the data keys of a run's shards with it: no data is written again.
+
+    Example:  heliograph rotate-keys examples/digits --retire
+    """
+    loaded = project.load(folder)
+    from .errors import RunError
+    from .jobs.run import rotate_keys as rotate
+
+    held = _run_folder(folder, run)
+    if not held.is_dir():
+        raise RunError(f"{held}: no such run: run `heliograph run {folder}` first")
+    typer.echo(rotate(loaded, folder.resolve(), held, retire))
+
+
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

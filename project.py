@@ -223,6 +223,27 @@ STEPS: dict[str, type[BaseModel]] = {c.model_fields["step"].annotation.__args__[
 Kind = Literal["number", "text", "time", "image", "tensor", "list"]
 
 
+class Augment(Section):
+    """How training rows are varied, anew each epoch. Images are inputs of two or three dimensions."""
+
+    flip: Literal["horizontal", "vertical", "both"] | None = None
+    """Mirror every other image."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0
+    """Degrees, at most, either way."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Larger or smaller by this share, at most."""
+    translate: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Of the image's height and width, at most."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 1
+    """The smallest share of height and width that a random window keeps."""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0
+    """More or less by this share, at most."""
+    noise: Annotated[float, Field(ge=0)] = 0
+    """Deviation of what is added to numbers (which are standardised by default)."""
+    mixup: Annotated[float, Field(ge=0)] = 0
+    """Alpha of Zhang et al., mixup (2018): each row is blended with another of its step, and so are their losses."""
+
+
 class Data(Section):
     source: str
     """`sklearn://digits`, a path or glob or `s3://` address of files or of images in folders, or `file:function`"""
@@ -239,6 +260,7 @@ class Data(Section):
     split: Split = Split()
     preprocess: list[AnyStep] | None = None
     """In order (default: what the kinds of the columns suggest; `heliograph check` shows it)."""
+    augment: Augment | None = None
     inputs: dict[str, list[str]] | None = None
     """The model's inputs and the columns of each (default: all numbers are `features`, everything else is its own)."""
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.001

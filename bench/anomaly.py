@@ -95,7 +95,7 @@ def train(
             elif fault == "rate":
                 factor.assign(strength)
         edges = np.arange(piece + 1, dtype=np.int32) * batch
-        block = Block({"x": inputs}, target, np.ones(len(target), np.float32), edges, np.full(piece, batch, np.float32))
+        block = Block({"x": inputs}, target, np.ones(len(target), np.float32), edges, np.full(piece, batch, np.float32), {})
         found.append(steps.train(next(Feed(iter([block]), "CPU:0")), 0, piece, host).steps)
         done += piece
     return np.concatenate(found)

@@ -52,8 +52,9 @@ class LocalCluster:
     workers: how many processes work at the same time. logs: where Ray's logs go when the block ends with a bug.
     """
 
-    def __init__(self, workers: int = 1, logs: Path | None = None):
+    def __init__(self, workers: int = 1, logs: Path | None = None, object_store_bytes: int | None = None):
         self.logs = logs
+        self.object_store_bytes = object_store_bytes or min(psutil.virtual_memory().total * 3 // 10, 4 << 30)
         self.cpus = max(os.cpu_count() or 1, workers + 1)
         self.running = False
 
@@ -85,7 +86,7 @@ class LocalCluster:
             context: Any = ray.init(
                 address="local",
                 num_cpus=self.cpus,
-                object_store_memory=min(psutil.virtual_memory().total * 3 // 10, 4 << 30),
+                object_store_memory=self.object_store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,

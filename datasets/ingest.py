@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from ..cluster.keys import KeyStore
-from . import shards
+from ..project import Augment
+from . import augment, shards
 from .schema import Schema
 from .shards import TARGET, WEIGHT, Manifest, SplitName
 
@@ -81,6 +82,15 @@ class Part:
         """The position that a step of an epoch begins at."""
         return step * self.rows // self.steps
 
+    @property
+    def lanes(self) -> int:
+        return len(self._shards)
+
+    def positions(self, step: int) -> np.ndarray:
+        """The positions of this worker's rows in a step of an epoch, in their order."""
+        every = np.arange(self.edge(step), self.edge(step + 1))
+        return every[every % self.lanes % self.workers == self.rank]
+
     def no_rows(self) -> dict[str, np.ndarray]:
         """What `read_window` gives, without a row: for a worker whose part of a small split is empty."""
         schema = Schema.read(self.folder)
@@ -134,6 +144,8 @@ class Block:
     """int32 `[steps + 1]`: step `i` has the rows from `edges[i]` to `edges[i + 1]`."""
     everyone: np.ndarray
     """float32 `[steps]`: rows of each step over all workers."""
+    draws: dict[str, np.ndarray]
+    """`[rows, …]`: how each row is varied (`augment.draw`)."""
 
 
 BLOCK_STEPS = 32
@@ -144,8 +156,11 @@ TASK_BYTES = 8 << 20
 TASKS_AHEAD = 3
 
 
-def blocks(part: Part, first: int, end: int) -> Iterator[Block]:
-    """This worker's rows of the steps from `first` to before `end`, counted from 0 over all epochs; epochs count from 1."""
+def blocks(part: Part, first: int, end: int, vary: Augment | None = None) -> Iterator[Block]:
+    """This worker's rows of the steps from `first` to before `end`, counted from 0 over all epochs; epochs count from 1.
+
+    vary: how rows are to be varied, which is drawn here and done where the model is."""
+    shapes = Schema.read(part.folder).inputs if vary else {}
     sizes = part.step_sizes()
     span = max(1, min(BLOCK_STEPS, BLOCK_BYTES // (part.row_bytes * max(mine for mine, _ in sizes) + 1)))
     held: list[dict[str, np.ndarray]] = [part.no_rows()]
@@ -162,7 +177,11 @@ def blocks(part: Part, first: int, end: int) -> Iterator[Block]:
         weight = taken.pop(WEIGHT, None)
         weight = np.ones(len(target), np.float32) if weight is None else weight
         edges = np.cumsum([0, *(mine for mine, _ in some)], dtype=np.int32)
-        yield Block(taken, target, weight, edges, np.array([everyone for _, everyone in some], np.float32))
+        draws = {}
+        if vary:
+            spans = [part.positions(place + i) for i in range(len(some))]
+            draws = augment.draw(vary, shapes, spans, part.lanes, (part.seed or 0, step // part.steps + 1))
+        yield Block(taken, target, weight, edges, np.array([everyone for _, everyone in some], np.float32), draws)
         step += len(some)
 
 

@@ -58,6 +58,8 @@ class Schema(BaseModel):
     features: tuple[Feature, ...]
     inputs: dict[str, tuple[int, ...]] = {}
     """The model's inputs and their shapes, without the batch: what preprocessing makes of the features."""
+    ids: tuple[str, ...] = ()
+    """Inputs that are ids of words, and no quantities."""
 
     @classmethod
     def read(cls, folder: Path) -> "Schema":

@@ -35,6 +35,8 @@ from .schema import Column, Columns, hash64
 SplitName = Literal["train", "validation", "test"]
 TARGET, WEIGHT = "heliograph-target", "heliograph-weight"
 WINDOW_BYTES = 32 << 20
+MATERIAL = "_KEY_MATERIAL_FOR_"
+"""How the Parquet format names the file that holds a shard's wrapped keys."""
 
 
 class Shard(BaseModel):
@@ -84,11 +86,12 @@ def row_hashes(columns: Columns, target: Column, seed: int) -> np.ndarray:
         for first in range(0, words.shape[1], 64):  # so that no product of all values is held at once
             part = slice(first, first + 64)
             total += (words[:, part].astype(np.uint64) * coefficients[part]).sum(axis=1, dtype=np.uint64)
-        total = _mixed(total)
+        total = mixed(total)
     return (total >> np.uint64(1)).astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), of uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -130,10 +133,10 @@ def shard_lengths(rows: int, shards: int) -> list[int]:
 class Writer:
     """A Parquet file that is written table by table, aside, and put in its place by `close`.
 
-    window: rows of its row groups; None makes one of each table. keys: seals it; None leaves it in clear.
+    window: rows of its row groups. keys: seals it; None leaves it in clear.
     """
 
-    def __init__(self, file: Path, window: int | None, keys: KeyStore | None):
+    def __init__(self, file: Path, window: int, keys: KeyStore | None):
         self.file, self.window, self.rows = file, window, 0
         self._aside = file.with_name(f".{file.name}.{os.getpid()}.part")
         self._sealed = None
@@ -146,12 +149,9 @@ class Writer:
 
     def write(self, columns: Columns) -> None:
         table = pa.table({name: schemas.arrow_column(values) for name, values in columns.items()})
-        if self.window is None:
-            return self._put(table)
         self._held.append(table)
         while sum(map(len, self._held)) >= self.window:
             self._put(self._taken(self.window))
-        return None
 
     def _taken(self, rows: int) -> pa.Table:
         together = pa.concat_tables(self._held)
@@ -196,7 +196,7 @@ def _values(column: pa.ChunkedArray) -> Any:
     return "\0".join(map(repr, column.to_pylist())).encode()
 
 
-def write_shard(file: Path, columns: Columns, window: int | None, keys: KeyStore | None) -> Shard:
+def write_shard(file: Path, columns: Columns, window: int, keys: KeyStore | None) -> Shard:
     """Write one shard at once."""
     writer = Writer(file, window, keys)
     try:
@@ -254,8 +254,18 @@ def rotate(file: Path, keys: KeyStore) -> None:
     kept.unlink()
 
 
+def rotate_all(folder: Path, keys: KeyStore) -> int:
+    """`rotate` every shard below a folder; how many there are."""
+    names = {str(p.parent / p.name.removesuffix(".kept").removesuffix(".json")) for p in folder.rglob(f"{MATERIAL}*")}
+    files = [Path(name.replace(f"/{MATERIAL}", "/")) for name in sorted(names)]
+    files = [f for f in files if f.exists()]  # one that is being written has no name yet
+    for file in files:
+        rotate(file, keys)
+    return len(files)
+
+
 def _key_material(file: Path) -> Path:
-    return file.with_name(f"_KEY_MATERIAL_FOR_{file.name}.json")
+    return file.with_name(f"{MATERIAL}{file.name}.json")
 
 
 def _damaged(file: Path, error: Exception) -> DataError:

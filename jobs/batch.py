@@ -57,5 +57,5 @@ def largest_batch(train: Train, model: Model, project: Path, prepared: Path, her
 def _zeros(schema: Schema, kind: str, rows: int) -> Any:
     inputs = {name: np.zeros((rows, *shape), np.float32) for name, shape in schema.inputs.items()}
     ones, edges, everyone = np.ones(rows, np.float32), np.array([0, rows], np.int32), np.array([rows], np.float32)
-    block = Block(inputs, np.zeros(rows, kind), ones, edges, everyone)
+    block = Block(inputs, np.zeros(rows, kind), ones, edges, everyone, {})
     return next(Feed(iter([block]), "CPU:0"))

@@ -322,6 +322,8 @@ def check_settings(job: Job) -> None:
     for name, given in (("ema", train.ema), ("precision", train.precision == "mixed_float16"), ("xla", train.xla)):
         if given:
             raise ModelError(f"train.{name}: does not go with train.pipeline: leave it out")
+    if job.augment:
+        raise ModelError("data.augment: does not go with train.pipeline: leave it out")
     if train.accumulate > 1:
         raise ModelError("train.accumulate: does not go with train.pipeline: raise train.pipeline.micro_batches instead")
     if train.fewest_workers != train.most_workers:

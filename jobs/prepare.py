@@ -4,8 +4,8 @@
     2. fit      the preprocessing, from statistics that came with the sorting, or one more pass where they do not suffice
     3. write    each shard: its range of hashes from all sorted pieces, preprocessed
 
-Sorted pieces are cut at the same hashes everywhere (*buckets*), each a row group, so a shard reads what it needs and no more;
-what it holds at a time is a bucket. Neither the order nor the layout of the source's files changes a shard.
+Sorted pieces are cut at the same hashes everywhere (*buckets*), so a shard reads what it needs and no more; what it holds at
+a time is a bucket. Neither the order nor the layout of the source's files changes a shard.
 
 A piece and a shard are each there as a whole, with a record beside them, or not at all: a killed job goes on with the missing
 ones. Everything aside is encrypted like the shards, and goes when the manifest is written.
@@ -17,7 +17,7 @@ hold raw features, so evaluation goes through the same preprocessing that a requ
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from ..cluster.keys import KeyStore
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..datasets import schema as schemas
-from ..datasets import shards
+from ..datasets import shards, spill
 from ..datasets.preprocess import SAMPLE_ROWS, Preprocessing, Statistics, check_steps, decode, fit, merged, optional, statistics
 from ..datasets.profile import profile
 from ..datasets.schema import Bad, Columns, Feature, Labels, Schema
@@ -41,6 +41,10 @@ from ..project import Data
 HASH = "heliograph-hash"
 BUCKET_BYTES = 32 << 20
 """Of the rows of a bucket, over all pieces, about: what a writer holds at a time."""
+MOST_TASKS = 32
+"""Of one pass over pieces or shards."""
+CACHED_ROWS = 8192
+"""Rows that are preprocessed at a time, so that their columns stay in a core's cache."""
 SHOWN = 10
 KEPT_REASONS = 10_000
 """Bad rows of a piece that are written down; all are counted."""
@@ -71,7 +75,7 @@ class Plan:
 class Sorted(BaseModel):
     """The record of one sorted piece."""
 
-    file: str
+    index: spill.Index
     buckets: list[int]
     """Rows of each."""
     raw: dict[str, Statistics]
@@ -85,7 +89,6 @@ class Sorted(BaseModel):
     bad: int
     reasons: list[tuple[str, str, str]]
     """(row, column, reason) of the bad ones."""
-    row_bytes: int
 
     @property
     def count(self) -> int:
@@ -118,10 +121,7 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     gather = functools.partial(_gather, plan, pieces, int(counts[_first_bucket(plan) :].sum()))
     preprocessing = fit(data, features, raw, gather, base)
     one = preprocessing.apply(next(iter(_read_buckets(plan, pieces, np.flatnonzero(counts)[:1])))[1])
-    inputs = {name: tuple(values.shape[1:]) for name, values in one.items()}
-    schema = Schema(
-        task="classification" if classes else "regression", target=data.target, classes=classes, features=features, inputs=inputs
-    )
+    schema = _schema(data, classes, features, one)
     row_bytes = sum(values.nbytes // len(values) for values in one.values()) + 12
     window = shards.window_rows(row_bytes, max(rows for *_, rows in layout))
 
@@ -185,22 +185,36 @@ def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
         return {n: _numbers(made[n]) if need == "sample" else statistics(made[n], need) for n, need in needs.items()}
 
     preprocessing = fit(data, features, raw, gather, base)
-    inputs = {n: tuple(v.shape[1:]) for n, v in preprocessing.apply(_taken(good, np.arange(1))).items()}
-    task = "classification" if classes else "regression"
-    return Schema(task=task, target=data.target, classes=classes, features=features, inputs=inputs), preprocessing
+    return _schema(data, classes, features, preprocessing.apply(_taken(good, np.arange(1)))), preprocessing
+
+
+def _schema(data: Data, classes: tuple[str | int, ...], features: tuple[Feature, ...], inputs: dict[str, np.ndarray]) -> Schema:
+    """inputs: of a row or more."""
+    return Schema(
+        task="classification" if classes else "regression",
+        target=data.target,
+        classes=classes,
+        features=features,
+        inputs={name: tuple(values.shape[1:]) for name, values in inputs.items()},
+        ids=tuple(name for name, values in inputs.items() if values.dtype == np.int32),
+    )
 
 
 def across(work: Callable[[Any], Any], items: list[Any], update: Callable[..., None], text: str) -> list[Any]:
-    """`work` of every item, each a task of Ray Data's on whatever machine has room; results are JSON, in order."""
+    """`work` of every item, by tasks of Ray Data's on whatever machines have room; results are JSON, in order."""
     import ray.data
 
     def run(batch: Any) -> Any:
-        return {"id": batch["id"], "found": [json.dumps(work(items[int(i)])) for i in batch["id"]]}
+        for i in batch["id"]:
+            yield {"id": [int(i)], "found": [json.dumps(work(items[int(i)]))]}
 
     update(text, 0, len(items))
     found: list[Any] = [None] * len(items)
-    numbers = ray.data.range(len(items), override_num_blocks=len(items))
-    for done, row in enumerate(numbers.map_batches(run, batch_size=1).iter_rows(), 1):
+    # Blocks that are there already: an operator that made them would hold half of the CPUs that Ray Data gives out.
+    # Several items a task, one after the other, since a task costs a tenth of a second.
+    tasks = min(len(items), MOST_TASKS)
+    numbers = ray.data.from_items([{"id": i} for i in range(len(items))], override_num_blocks=tasks)
+    for done, row in enumerate(numbers.map_batches(run, batch_size=None).iter_rows(), 1):
         found[row["id"]] = json.loads(row["found"])
         update(text, done, len(items))
     return found
@@ -227,7 +241,7 @@ def _sort(plan: Plan, update: Callable[..., None]) -> list[Sorted]:
         work = functools.partial(_sort_block, plan)
         found = rows.map_batches(work, batch_size=None, batch_format="pyarrow").take_all()
         records = [json.loads(row["found"]) for row in found]
-        return [Sorted.model_validate(r) for r in sorted(records, key=lambda r: r["file"])]
+        return [Sorted.model_validate(r) for r in sorted(records, key=lambda r: r["index"]["file"])]
     pieces = list(enumerate(plan.source.pieces()))
     found = across(functools.partial(_sort_piece, plan), pieces, update, "reading rows")
     return [Sorted.model_validate(record) for records in found for record in records]
@@ -244,12 +258,12 @@ def _sort_piece(plan: Plan, item: tuple[int, Piece]) -> list[dict[str, Any]]:
     if not record.exists():
         columns = [f.name for f in plan.features] + [plan.data.target] + ([plan.data.weight] if plan.data.weight else [])
         chunks = enumerate(plan.source.read(piece, list(dict.fromkeys(columns))))
-        write_json(record, [_sorted(plan, chunk, f"{number:06d}-{i:04d}.parquet").model_dump() for i, chunk in chunks])
+        write_json(record, [_sorted(plan, chunk, f"{number:06d}-{i:04d}").model_dump() for i, chunk in chunks])
     return read_json(record)
 
 
 def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
-    """Check and type a chunk's rows, and write them aside in the order of their hashes, a row group a bucket."""
+    """Check and type a chunk's rows, and write them aside in the order of their hashes, by bucket."""
     weights = plan.data.weight
     reasons = [(s.row, s.column, s.reason) for s in chunk.skipped]
     columns: Columns = {}
@@ -266,41 +280,40 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
     bad_rows = len(reasons) + len(bad.reasons)
     reasons += [(chunk.name(row), *reason) for row, reason in sorted(bad.reasons.items())[:KEPT_REASONS]]
     counts, raw, empty = [0] * (len(plan.edges) - 1), {}, {}
-    labels, classes = Labels(), {}
-    row_bytes = 0
+    labels, classes, index = Labels(), {}, spill.Index(file="", ends=[])
     if columns and len(columns[TARGET]):
         features = {f.name: columns[f.name] for f in plan.features}
         hashes = shards.row_hashes(features, columns[TARGET], plan.data.split.seed)
         order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
+        hashes, columns = hashes[order], _taken(columns, order)
         cuts = np.searchsorted(hashes, plan.edges[:-1])
         counts = np.diff([*cuts, len(hashes)]).tolist()
-        train = int(np.searchsorted(hashes, plan.first_train))
-        file = file or f"{hashes[0]:016x}-{int(hashes.sum()) & (2**63 - 1):016x}.parquet"
-        writer = shards.Writer(plan.rows / file, None, plan.keys)
-        try:
-            for a, b in zip(cuts, [*cuts[1:], len(hashes)], strict=True):
-                if b > a:
-                    writer.write({**_taken(columns, order[a:b]), HASH: hashes[a:b]})
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        own = order[train:]
+        ends = [*cuts[1:].tolist(), len(hashes)]
+        train = slice(int(np.searchsorted(hashes, plan.first_train)), None)
+        file = file or f"{hashes[0]:016x}-{int(hashes.sum()) & (2**63 - 1):016x}"
+        rows = {**columns, HASH: hashes}
+        buckets = ({n: v[a:b] for n, v in rows.items()} if b > a else None for a, b in zip(cuts.tolist(), ends, strict=True))
+        index = spill.write(plan.rows / file, buckets, plan.keys)
         for feature in plan.features:
             values = columns[feature.name]
             empty[feature.name] = _missing(values)
-            if len(own):
-                raw[feature.name] = statistics(_some(values, own))
+            if len(hashes[train]):
+                raw[feature.name] = statistics(values[train])
         labels.add(columns[TARGET])
-        if len(labels.values) <= Labels.MOST and len(own):
-            found = pa.array(_some(columns[TARGET], own)).value_counts()
+        if len(labels.values) <= Labels.MOST:
+            found = schemas.arrow_column(columns[TARGET][train]).value_counts()
             classes = dict(zip(map(str, found.field(0).to_pylist()), found.field(1).to_pylist(), strict=True))
-        row_bytes = sum(v.nbytes for v in columns.values()) // len(hashes)
     return Sorted(
-        file=file or "", buckets=counts, raw=raw, empty=empty, labels=list(labels.values), whole=labels.whole, classes=classes,
-        bad=bad_rows, reasons=reasons, row_bytes=row_bytes,
-    )  # fmt: skip
+        index=index,
+        buckets=counts,
+        raw=raw,
+        empty=empty,
+        labels=list(labels.values),
+        whole=labels.whole,
+        classes=classes,
+        bad=bad_rows,
+        reasons=reasons,
+    )
 
 
 def _check_images(columns: Columns, plan: Plan, bad: Bad) -> None:
@@ -445,17 +458,12 @@ def _sources_of(plan: Plan, so_far: Preprocessing, names: list[str]) -> list[str
     return [f.name for f in plan.features if f.name in wanted]
 
 
-def _read_piece(plan: Plan, piece: Sorted, buckets: Any, names: list[str] | None) -> Any:
+def _read_piece(plan: Plan, piece: Sorted, buckets: Any, names: list[str] | None) -> Iterator[tuple[np.ndarray, Columns]]:
     """(hashes, columns) of some buckets of a sorted piece, one bucket at a time."""
-    if not piece.count:
-        return
-    groups = np.cumsum([n > 0 for n in piece.buckets]) - 1
-    file = plan.rows / piece.file
-    with shards.open_shard(file, plan.keys) as opened:
-        for bucket in buckets:
-            if piece.buckets[bucket]:
-                table = shards.read_table(opened, file, [int(groups[bucket])], None if names is None else [*names, HASH])
-                yield schemas.to_numpy(table.column(HASH)), _columns(plan, table)
+    if piece.count:
+        for table in spill.read(plan.rows, piece.index, buckets, plan.keys):
+            kept = table if names is None else table.select(names)
+            yield schemas.to_numpy(table.column(HASH)), _columns(plan, kept)
 
 
 def _columns(plan: Plan, table: pa.Table) -> Columns:
@@ -466,7 +474,9 @@ def _columns(plan: Plan, table: pa.Table) -> Columns:
     return {n: schemas.column_of(table.column(n), kinds[n]) for n in table.column_names if n != HASH}
 
 
-def _read_up_to(plan: Plan, pieces: list[Sorted], names: list[str] | None, first: int, end: int) -> Any:
+def _read_up_to(
+    plan: Plan, pieces: list[Sorted], names: list[str] | None, first: int, end: int
+) -> Iterator[tuple[np.ndarray, Columns]]:
     """The rows whose hash lies in a range, a bucket of a piece at a time."""
     low, high = int(np.searchsorted(plan.edges, first, "right")) - 1, int(np.searchsorted(plan.edges, end))
     for piece in pieces:
@@ -479,7 +489,7 @@ def _read_up_to(plan: Plan, pieces: list[Sorted], names: list[str] | None, first
 # --- 3. write --------------------------------------------------------------------------------------------------------------
 
 
-def _read_buckets(plan: Plan, pieces: list[Sorted], buckets: Any) -> Any:
+def _read_buckets(plan: Plan, pieces: list[Sorted], buckets: Any) -> Iterator[tuple[int, Columns]]:
     """(bucket, its columns over all pieces in the order of the hashes), one at a time."""
     for bucket in buckets:
         found = [part for piece in pieces for part in _read_piece(plan, piece, [bucket], None)]
@@ -502,12 +512,13 @@ def _write(
     try:
         for bucket, columns in _read_buckets(plan, pieces, range(low, high + 1)):
             start = int(ends[bucket] - counts[bucket])
-            own = slice(max(0, first - start), first + rows - start)
-            mine = {n: v[own] for n, v in columns.items()}
-            target = schemas.class_index(mine.pop(TARGET), schema)
-            weight = {WEIGHT: mine.pop(WEIGHT).astype(np.float32)} if WEIGHT in mine else {}
-            made = mine if split == "test" else preprocessing.apply(mine)
-            writer.write({**made, TARGET: target, **weight})
+            own = range(max(0, first - start), min(int(counts[bucket]), first + rows - start))
+            for at in range(own.start, own.stop, CACHED_ROWS):
+                mine = {n: v[at : min(at + CACHED_ROWS, own.stop)] for n, v in columns.items()}
+                target = schemas.class_index(mine.pop(TARGET), schema)
+                weight = {WEIGHT: mine.pop(WEIGHT).astype(np.float32)} if WEIGHT in mine else {}
+                made = mine if split == "test" else preprocessing.apply(mine)
+                writer.write({**made, TARGET: target, **weight})
         shard = writer.close()
     except BaseException:
         writer.abandon()

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..cluster import storage
 from ..cluster.keys import DATA_KEY, KeyStore
 from ..cluster.runtime import LocalCluster
+from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..project import Project
 from .bundle import make
@@ -46,6 +47,20 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
             handler.close()
 
 
+def rotate_keys(project: Project, base: Path, folder: Path, retire: bool) -> str:
+    """Make a new version of the key that wraps the shards' keys, and wrap those of a run anew; the data stays as it is.
+
+    retire: then remove the older versions. Says what was done.
+    """
+    keys = key_store(project, base, folder)
+    with storage.exclusive(folder):
+        version = keys.rotate(DATA_KEY)
+        count = rotate_all(folder, keys)
+        removed = keys.retire(DATA_KEY) if retire else 0
+    older = f"{removed} older removed" if retire else "older ones stay (--retire removes them)"
+    return f"{keys.folder}: {DATA_KEY}-{version} now wraps the keys of {count} shards; {older}"
+
+
 def execute(project: Project, base: Path, run: Run) -> None:
     """Do what is not done yet of: prepare, train, evaluate, bundle. Raises the HeliographError of the stage that fails."""
     keys = key_store(project, base, run.folder)
@@ -58,7 +73,7 @@ def execute(project: Project, base: Path, run: Run) -> None:
         prepare(project.data, base, sealing, folder, update)
 
     def do_train(folder: Path) -> None:
-        job = Job(project.name, project.train, project.model, base, run["prepare"], sealing, folder)
+        job = Job(project.name, project.train, project.model, base, run["prepare"], sealing, folder, project.data.augment)
         train(job, update, run.display.say)
 
     def do_bundle(folder: Path) -> None:
@@ -69,7 +84,9 @@ def execute(project: Project, base: Path, run: Run) -> None:
 
     source = open_source(project.data, base)
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": _code(base)}
-    prepared_by = {"data": project.data.model_dump(), "source": source.identity()}
+    if project.data.augment:
+        trained_by["augment"] = project.data.augment.model_dump()
+    prepared_by = {"data": project.data.model_dump(exclude={"augment"}), "source": source.identity()}
     if any(step.step == "function" for step in project.data.preprocess or []):
         prepared_by["code"] = _code(base)
     for stage in (

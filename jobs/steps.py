@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets import augment as varying
 from ..datasets.ingest import Block
 from ..datasets.schema import PIXEL
+from ..project import Augment
 
 ORDER, STEP, WAIT, MEMORY, SAVED, DIGEST = 0, 1, 2, 3, 4, slice(5, 8)
 """What a rank's host says in each call: orders (bits), seconds of a step, share of the time that it waited for rows,
@@ -80,6 +82,7 @@ class Steps:
     """`train` and `evaluate` run blocks, `collect` sums what the ranks have; each is called by all ranks together.
 
     objective: (target, outputs) -> a loss a row. specs: (shape of a row of each input, the target's type).
+    augment: how a step's rows are varied, and which inputs are ids of words.
     split: how many pieces a rank's rows of a step are computed in.
     """
 
@@ -96,6 +99,7 @@ class Steps:
         split: int = 1,
         scale: Any = None,
         xla: bool = False,
+        augment: tuple[Augment | None, tuple[str, ...]] = (None, ()),
     ):
         import tensorflow as tf
 
@@ -114,6 +118,7 @@ class Steps:
         # Named once: else each new number of rows would be traced, which takes seconds.
         whole, wholes, number = tf.TensorSpec((), tf.int32), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None,))
         rows_spec = ({n: tf.TensorSpec((None, *s)) for n, s in shapes.items()}, tf.TensorSpec((None,), kind), number)
+        draws_spec = varying.specs(augment[0], shapes)
 
         def replica() -> int:
             """This replica's place in its own process."""
@@ -129,9 +134,23 @@ class Steps:
             return tf.nest.map_structure(lambda values: values[a:b], block)
 
         def forward(rows: Any, training: bool) -> tuple[Any, Any]:
-            inputs, target, weight = rows
+            inputs, target, weight, *other = rows
             outputs = tf.cast(model(fed(inputs), training=training), tf.float32)
-            return weight * objective(target[:, None] if one_value else target, outputs), outputs
+
+            def losses(target: Any) -> Any:
+                return objective(target[:, None] if one_value else target, outputs)
+
+            if other:
+                share, target_of_other = other
+                return weight * (share * losses(target) + (1 - share) * losses(target_of_other)), outputs
+            return weight * losses(target), outputs
+
+        def varied(rows: Any, draws: Any) -> Any:
+            """A whole step's rows, as they are trained on."""
+            if not draws:
+                return rows
+            inputs, target_of_other = varying.vary(rows[0], rows[1], draws, augment[1])
+            return (inputs, *rows[1:], *((draws["share"], target_of_other) if "share" in draws else ()))
 
         @tf.function(jit_compile=xla, autograph=False)
         def differentiate(rows: Any, everyone: Any) -> tuple[Any, Any, Any]:
@@ -156,8 +175,12 @@ class Steps:
             meter(rows[1], losses, outputs)
             return gradients, tf.reduce_sum(losses)
 
-        def train_step(block: Any, low: Any, high: Any, everyone: Any, clock: Any, host: Any) -> tuple[Any, Any, Any]:
-            mine = cut(block, low, high, replica(), local)
+        def train_step(block: Any, draws: Any, low: Any, high: Any, everyone: Any, clock: Any, host: Any) -> tuple[Any, Any, Any]:
+            if draws:
+                rows = varied(*cut((block, draws), low, high, 0, 1))
+                mine = cut(rows, 0, high - low, replica(), local)
+            else:
+                mine = cut(block, low, high, replica(), local)
             if split == 1:
                 gradients, loss = metered(mine, everyone)
             else:
@@ -195,15 +218,17 @@ class Steps:
 
         said_by_host, time_of_day = tf.TensorSpec((HOST,)), tf.TensorSpec((), tf.float64)
 
-        @tf.function(input_signature=[rows_spec, wholes, number, whole, whole, said_by_host, time_of_day])
-        def train_steps(block: Any, edges: Any, everyone: Any, first: Any, count: Any, host: Any, clock: Any) -> tuple[Any, Any]:
+        @tf.function(input_signature=[rows_spec, draws_spec, wholes, number, whole, whole, said_by_host, time_of_day])
+        def train_steps(
+            block: Any, draws: Any, edges: Any, everyone: Any, first: Any, count: Any, host: Any, clock: Any
+        ) -> tuple[Any, Any]:
             signals = tf.TensorArray(tf.float32, count, element_shape=(OWN + ranks,))
             said = tf.zeros((ranks * HOST,))
             for i in tf.range(count):
                 at = first + i
                 row, said, clock = (
                     mine(values)
-                    for values in strategy.run(train_step, (block, edges[at], edges[at + 1], everyone[at], clock, host))
+                    for values in strategy.run(train_step, (block, draws, edges[at], edges[at + 1], everyone[at], clock, host))
                 )
                 signals = signals.write(i, row)
             return signals.stack(), said
@@ -230,7 +255,7 @@ class Steps:
         import tensorflow as tf
 
         part, clock = (tf.constant(first), tf.constant(count)), tf.constant(time.time(), tf.float64)
-        steps, said = self._train(block.rows, block.edges, block.everyone, *part, tf.constant(host), clock)
+        steps, said = self._train(block.rows, block.draws, block.edges, block.everyone, *part, tf.constant(host), clock)
         return Signals(steps.numpy(), said.numpy().reshape(self.ranks, HOST))
 
     def graph(self) -> Any:
@@ -296,6 +321,7 @@ class Fed:
     """Inputs, target, weight."""
     edges: Any
     everyone: Any
+    draws: dict[str, Any]
     steps: int
 
 
@@ -317,8 +343,9 @@ class Feed:
                 with tf.device(device):
                     inputs = {name: on_device(values) for name, values in block.inputs.items()}
                     rows = (inputs, tf.convert_to_tensor(block.target), tf.convert_to_tensor(block.weight))
+                    draws = {name: tf.convert_to_tensor(values) for name, values in block.draws.items()}
                 edges = tf.convert_to_tensor(block.edges)
-                if not self._put(Fed(rows, edges, tf.convert_to_tensor(block.everyone), len(block.everyone))):
+                if not self._put(Fed(rows, edges, tf.convert_to_tensor(block.everyone), draws, len(block.everyone))):
                     return
             self._put(None)
         except BaseException as error:

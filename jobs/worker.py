@@ -23,7 +23,7 @@ from ..datasets.ingest import Part, blocks
 from ..datasets.schema import Schema
 from ..datasets.shards import TARGET, Manifest
 from ..errors import ModelError, RunError
-from ..project import Model, Train
+from ..project import Augment, Model, Train
 from .anomaly import Detector
 from .checkpoint import Checkpoints, forget_after, place, read
 from .course import judge, last_step, reached
@@ -63,6 +63,7 @@ class Job:
     keys: KeyStore | None
     folder: Path
     """checkpoints/, what `watch` writes, and at the end model.keras, model.onnx, result.json."""
+    augment: Augment | None = None
     batch_size: int = 0
     """What `train.batch_size` came out as."""
 
@@ -103,8 +104,9 @@ class _Rank:
         state += [scale.variable, scale.counter] if scale else []
         specs = (self.schema.inputs, parts.target_dtype)
         self.steps = Steps(
-            self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla
-        )
+            self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
+            (job.augment, self.schema.ids),
+        )  # fmt: skip
         self.watch: Watch | None = None
         self.anomaly, self.anomaly_at = "", 0
         self.profiled: int | None = None
@@ -158,7 +160,7 @@ class _Rank:
         """Train to the end; why it ended."""
         reason = self._reached()
         while not reason:
-            feed = Feed(blocks(self.part, self.step, self.end), self.device)
+            feed = Feed(blocks(self.part, self.step, self.end, self.job.augment), self.device)
             held_out = self._held_out()
             try:
                 reason = self._from_here(feed, held_out)

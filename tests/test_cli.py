@@ -95,7 +95,7 @@ def test_check_exits_with_2_and_shows_no_traceback(tmp_path, number):
 def test_check_refuses_a_target_of_one_class(tmp_path):
     folder = iris_project(tmp_path / "iris")
     edited(edited(folder, "iris.csv", "setosa", "virginica"), "iris.csv", "versicolor", "virginica")
-    with pytest.raises(DataError, match="target `species` has one class only \\('virginica'\\)"):
+    with pytest.raises(DataError, match="target `species` has one value only \\('virginica'\\)"):
         check(project.load(folder), folder)
 
 

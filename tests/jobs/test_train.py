@@ -12,7 +12,7 @@ from heliograph.jobs.prepare import prepare
 from heliograph.jobs.train import train
 from heliograph.jobs.watch import EVENTS, METRICS, STEPS, read_lines
 from heliograph.jobs.worker import STOP_FILE, Job
-from heliograph.project import Data, Model, Optimizer, Schedule, Split, Stop, Train, Watch
+from heliograph.project import Augment, Data, Model, Optimizer, Schedule, Split, Stop, Train, Watch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ..conftest import ROOT
@@ -78,6 +78,15 @@ def test_two_workers_train_what_one_worker_trains(job, alone, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(set(result["weights_sha256"])) == 1
     assert result["onnx_gap"] < 1e-5
+
+
+def test_augmented_rows_are_the_same_on_two_workers_and_after_an_interruption(job, alone, tmp_path):
+    varied = replace(job, augment=Augment(rotate=10, translate=0.1, contrast=0.2, mixup=0.3))
+    one = trained(varied, tmp_path / "one", 1)
+    assert one[0]["loss"] > 1.05 * alone[0]["loss"]  # harder than what does not vary
+    interrupted(varied, tmp_path / "two")
+    two = trained(varied, tmp_path / "two", 2)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-3)
 
 
 def test_layers_that_keep_statistics_end_equal_on_all_ranks(job, tmp_path):
