@@ -104,30 +104,53 @@ class Part:
 
     def read_window(self, window: int, epoch: int) -> dict[str, np.ndarray]:
         """This worker's rows of one window of an epoch, in the order of their positions."""
-        pieces, positions = [], []
-        for lane in self._mine:
-            file = self.folder / self._shards[lane].file
-            with shards.open_shard(file, self.keys) as shard:
-                groups = shard.num_row_groups
-                if window >= groups:
-                    continue
-                group, order = window, None
-                if self.seed is not None:
-                    # The last group may be shorter: it stays last, so that positions hold.
-                    order_of_groups = np.random.default_rng((self.seed, epoch, lane)).permutation(groups - 1)
-                    group = int(order_of_groups[window]) if window < groups - 1 else window
-                    count = shard.metadata.row_group(group).num_rows
-                    order = np.random.default_rng((self.seed, epoch, lane, group + 1)).permutation(count)
-                columns = shards.read_rows(shard, file, [group])
-            if order is not None:
-                columns = {name: values[order] for name, values in columns.items()}
-            pieces.append(columns)
-            places = window * self.manifest.window + np.arange(len(columns[TARGET]))
-            positions.append(places * len(self._shards) + lane)
-        if not pieces:
-            return {}
-        order = np.argsort(np.concatenate(positions))
-        return {name: np.concatenate([p[name] for p in pieces])[order] for name in pieces[0]}
+        return self.read_windows([(window, epoch)])
+
+    def read_windows(self, windows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """The same of several (window, epoch), one after the other. Each row is copied once, to where it belongs."""
+        found: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        """For each row group its columns, and the place of each of its rows among all that are read."""
+        total = 0
+        for window, epoch in windows:
+            lanes, positions = [], []
+            for lane in self._mine:
+                columns, order = self._read_group(lane, window, epoch)
+                if columns:
+                    place = np.empty(len(order), np.int64)
+                    place[order] = np.arange(len(order))
+                    positions.append(place * len(self._shards) + lane)
+                    lanes.append(columns)
+            # A row's place is the rank of its position, since positions of one worker are not without gaps.
+            starts = np.cumsum([0, *map(len, positions)])
+            ranks = np.empty(starts[-1], np.int64)
+            if positions:
+                ranks[np.argsort(np.concatenate(positions))] = np.arange(starts[-1])
+            found += [(c, total + ranks[a:b]) for c, a, b in zip(lanes, starts, starts[1:], strict=False)]
+            total += int(starts[-1])
+        out: dict[str, np.ndarray] = {}
+        for name in found[0][0] if found else ():
+            first = found[0][0][name]
+            out[name] = np.empty((total, *first.shape[1:]), first.dtype)
+            for columns, places in found:
+                out[name][places] = columns[name]
+        return out
+
+    def _read_group(self, lane: int, window: int, epoch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """A row group of a shard, and the order that its rows are taken in; nothing where the shard has no such window."""
+        file = self.folder / self._shards[lane].file
+        with shards.open_shard(file, self.keys) as shard:
+            groups = shard.num_row_groups
+            if window >= groups:
+                return {}, np.empty(0, np.int64)
+            group = window
+            if self.seed is not None and window < groups - 1:
+                # The last group may be shorter: it stays last, so that positions hold.
+                group = int(np.random.default_rng((self.seed, epoch, lane)).permutation(groups - 1)[window])
+            columns = shards.read_rows(shard, file, [group])
+        order = np.arange(len(columns[TARGET]))
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, epoch, lane, group + 1)).permutation(order)
+        return columns, order
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,7 @@ class Block:
 BLOCK_STEPS = 32
 BLOCK_BYTES = 4 << 20
 """The most that one block spans: so that many small steps cost one call, and large ones little memory."""
-TASK_BYTES = 8 << 20
+TASK_BYTES = 32 << 20
 """What a task reads at least: small windows, of several epochs where an epoch is small, share one."""
 TASKS_AHEAD = 3
 
@@ -227,6 +250,4 @@ def _views(part: Part, first: int, end: int) -> Iterator[dict[str, np.ndarray]]:
 
 def _read(part: Part, begin: int, end: int) -> dict[str, np.ndarray]:
     """The windows from `begin` to `end`, counted over all epochs."""
-    found = [part.read_window(unit % part.windows, unit // part.windows + 1) for unit in range(begin, end)]
-    found = [columns for columns in found if columns]
-    return {name: np.concatenate([columns[name] for columns in found]) for name in (found[0] if found else ())}
+    return part.read_windows([(unit % part.windows, unit // part.windows + 1) for unit in range(begin, end)])

@@ -23,7 +23,8 @@ def write(project: Project, run: Run) -> dict[str, Any]:
     }
     write_json(run.folder / "report.json", report)
     history = read_lines(run["train"] / METRICS)
-    write_bytes(run.folder / "report.html", _page(report, history).encode())
+    profile = read_json(run["prepare"] / "profile.json")
+    write_bytes(run.folder / "report.html", _page(report, history, profile).encode())
     return report
 
 
@@ -41,7 +42,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _page(report: dict[str, Any], history: list[dict]) -> str:
+def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) -> str:
     test, request, train = report["test"], report["request"], report["train"]
     main = ("accuracy", f"{test['accuracy']:.2%}") if "accuracy" in test else ("RMSE", f"{test['rmse']:.4g}")
     answered = f"answered {html.escape(str(request['prediction']))}, the truth is {html.escape(str(request['truth']))}"
@@ -56,6 +57,7 @@ def _page(report: dict[str, Any], history: list[dict]) -> str:
         ("endpoint against local model", f"differs by {request['gap_to_local_model']:.1e}"),
     ]
     parts = [f"<h1>{html.escape(report['name'])}</h1><p class=lead>{sentence}</p>"]
+    parts.append(_data(profile))
     parts.append(f"<h2>Training</h2>{_curves(history)}{_table(('what', 'value'), facts)}")
     parts.append(f"<h2>Test</h2>{_table(('metric', 'value'), figures)}")
     if "confusion" in test:
@@ -76,6 +78,66 @@ def _page(report: dict[str, Any], history: list[dict]) -> str:
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>{body}</table>"
+
+
+MOST_COLUMNS = 24
+"""That are shown; all are in `prepare/profile.json`."""
+
+
+def _data(profile: dict[str, Any]) -> str:
+    """What the rows are like: their splits, what is odd about them, and each column."""
+    rows = profile["rows"]
+    said = ", ".join(f"{rows[s]:,} {s}" for s in ("train", "validation", "test") if rows[s])
+    bad = f"{profile['bad_rows']:,} unusable rows are in <code>prepare/quarantine.jsonl</code>." if profile["bad_rows"] else ""
+    warnings = "".join(f"<li>{html.escape(w)}</li>" for w in profile["warnings"])
+    described = [
+        (
+            c["name"],
+            c["kind"],
+            f"{c['missing']:.1%}" if c["missing"] else "–",
+            _range(c),
+            f"{c['mean']:.4g} ± {c['deviation']:.3g}" if c["mean"] is not None else "–",
+            f"{c['drift']:.3f}" if c["drift"] is not None else "–",
+        )
+        for c in profile["columns"][:MOST_COLUMNS]
+    ]
+    table = _table(("column", "kind", "empty", "range or most frequent", "mean ± deviation", "drift to test"), described)
+    more = len(profile["columns"]) - MOST_COLUMNS
+    left = f"<p>… and {more} more columns in <code>prepare/profile.json</code>.</p>" if more > 0 else ""
+    return f"<h2>Data</h2><p>{said} rows. {bad}</p>{f'<ul>{warnings}</ul>' if warnings else ''}{_bars(profile)}{table}{left}"
+
+
+def _range(column: dict[str, Any]) -> str:
+    if column["low"] is not None:
+        return f"{column['low']:.4g} to {column['high']:.4g}"
+    return ", ".join(value for value, _ in column["top"][:3]) or "–"
+
+
+def _bars(profile: dict[str, Any]) -> str:
+    """The classes, and the distribution of each column, of the training rows."""
+    values = [{"column": "classes", "value": name, "rows": count} for name, count in profile["classes"].items()]
+    for column in profile["columns"][:11]:
+        if column["histogram"]:
+            edges = column["edges"]
+            values += [
+                {"column": column["name"], "value": f"{edges[i]:.3g}", "rows": count, "place": i}
+                for i, count in enumerate(column["histogram"])
+            ]
+        values += [{"column": column["name"], "value": name, "rows": count} for name, count in column["top"]]
+    if not values:
+        return ""
+    bars = {
+        "mark": {"type": "bar", "color": "#4c86c6"},
+        "encoding": {
+            "x": {"field": "value", "type": "nominal", "sort": None, "title": None, "axis": {"labelOverlap": True}},
+            "y": {"field": "rows", "type": "quantitative", "title": None, "axis": {"tickCount": 3}},
+        },
+        "width": 180,
+        "height": 70,
+    }
+    facet = {"field": "column", "type": "nominal", "title": None, "sort": None}
+    shared = {"scale": {"x": "independent", "y": "independent"}}
+    return _svg({"facet": facet, "columns": 3, "spec": bars, "resolve": shared, "data": {"values": values}})
 
 
 def _curves(history: list[dict]) -> str:

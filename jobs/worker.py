@@ -21,7 +21,7 @@ from ..cluster.runtime import LOOPBACK, keep_on_loopback
 from ..cluster.storage import write_json
 from ..datasets.ingest import Part, blocks
 from ..datasets.schema import Schema
-from ..datasets.shards import TARGET, Manifest
+from ..datasets.shards import Manifest
 from ..errors import ModelError, RunError
 from ..project import Augment, Model, Train
 from .anomaly import Detector
@@ -30,7 +30,7 @@ from .course import judge, last_step, reached
 from .engine import Engine
 from .model import build, compile_parts
 from .rate import rate
-from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim, fed
+from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim, fed, on_device
 from .watch import BOARD, METRICS, Watch, write_lines
 
 SAVE, STOP, TIME_IS_UP, BACK, GIVE_UP = 1, 2, 4, 8, 16
@@ -428,15 +428,12 @@ def export(model: Any, rows: Part, job: Job) -> float:
     """
     import logging
 
-    import tensorflow as tf
-
     model.save(job.folder / "model.keras", include_optimizer=False)
     logging.disable(logging.WARNING)
     model.export(job.folder / "model.onnx", format="onnx", verbose=False)
-    inputs = rows.read_window(0, 1)
-    inputs.pop(TARGET)
-    inputs = {name: values[:EXPORT_ROWS] for name, values in inputs.items()}
-    own = np.asarray(model(fed({name: tf.constant(values) for name, values in inputs.items()})))
+    columns = rows.read_window(0, 1)
+    inputs = {name: columns[name][:EXPORT_ROWS] for name in Schema.read(job.prepared).inputs}
+    own = np.asarray(model(fed({name: on_device(values) for name, values in inputs.items()})))
     gap = float(np.abs(own - Engine(job.folder / "model.onnx", job.prepared).forward(inputs)).max())
     if gap > EXPORT_GAP * max(1.0, float(np.abs(own).max())):
         raise ModelError(f"model.onnx answers differently from the Keras model, by {gap:.2g}")

@@ -10,7 +10,7 @@ from heliograph import project
 from heliograph.errors import DataError, HeliographError
 from heliograph.jobs.check import check
 
-from .conftest import iris_project
+from .conftest import ROOT, iris_project
 
 
 def heliograph(*arguments: str | Path) -> tuple[int, str]:
@@ -97,6 +97,19 @@ def test_check_refuses_a_target_of_one_class(tmp_path):
     edited(edited(folder, "iris.csv", "setosa", "virginica"), "iris.csv", "versicolor", "virginica")
     with pytest.raises(DataError, match="target `species` has one value only \\('virginica'\\)"):
         check(project.load(folder), folder)
+
+
+@pytest.mark.parametrize("name", sorted(f.parent.name for f in (ROOT / "examples").glob("*/heliograph.yaml")))
+def test_every_example_passes_check(name):
+    folder = ROOT / "examples" / name
+    assert check(project.load(folder), folder)[-1] == "ok"
+
+
+def test_rotating_keys_needs_a_run(tmp_path):
+    folder = iris_project(tmp_path / "iris")
+    code, output = heliograph("rotate-keys", folder)
+    assert code == 2
+    assert "no such run" in output
 
 
 def test_a_missing_project_and_a_missing_command_exit_with_2(tmp_path):

@@ -1,18 +1,23 @@
 """Two workers train what one trains."""
 
+import base64
 import json
 import shutil
 import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from heliograph.cluster.keys import DATA_KEY, KeyStore
+from heliograph.datasets.schema import parse_instances
+from heliograph.jobs.engine import Engine
 from heliograph.jobs.prepare import prepare
 from heliograph.jobs.train import train
 from heliograph.jobs.watch import EVENTS, METRICS, STEPS, read_lines
 from heliograph.jobs.worker import STOP_FILE, Job
 from heliograph.project import Augment, Data, Model, Optimizer, Schedule, Split, Stop, Train, Watch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ..conftest import ROOT
@@ -200,3 +205,50 @@ def test_training_stops_when_it_is_told_to(job, tmp_path):
     lines = trained(job, tmp_path / "patience", 1, epochs=50, schedule=schedule, stop=Stop(patience=3, min_delta=10.0))
     assert len(lines) == 4, "the first epoch is always better than nothing; three more are not better by 10"
     assert read_lines(tmp_path / "patience" / STEPS)[-1]["learning_rate"] == pytest.approx(0.002 * 0.5**2)
+
+
+THREE_INPUTS = """
+import keras
+from keras import layers
+
+
+def build(schema, hp):
+    given = {name: keras.Input(shape, name=name) for name, shape in schema.inputs.items()}
+    words = layers.GlobalAveragePooling1D()(layers.Embedding(50, 8)(given["note"]))
+    seen = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, activation="relu")(given["file"]))
+    x = layers.Concatenate()([given["features"], words, seen])
+    return keras.Model(given, layers.Dense(schema.outputs, activation="softmax")(layers.Dense(16, activation="relu")(x)))
+"""
+
+
+def test_numbers_words_and_images_are_inputs_of_one_model(cluster, tmp_path):
+    """From a table with paths of images, to two workers, to the engine that answers a request."""
+    rng = np.random.default_rng(0)
+    lines = ["size,note,file,w,kind"]
+    for i in range(160):
+        Image.new("RGB", (12, 12), (40 + 150 * (i % 2), 90, 10)).save(tmp_path / f"{i}.png")
+        lines.append(f"{rng.normal():.3f},{'a red one' if i % 4 < 2 else 'some blue thing'},{i}.png,{1 + i % 3},{'xyzx'[i % 4]}")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "model.py").write_text(THREE_INPUTS)
+    data = Data.model_validate(
+        {
+            "source": "t.csv", "target": "kind", "weight": "w", "types": {"file": "image"}, "encrypt": False, "shards": 2,
+            "preprocess": [
+                {"step": "standardise"}, {"step": "tokenise", "length": 4}, {"step": "resize", "height": 8, "width": 8}
+            ],
+        }
+    )  # fmt: skip
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    prepare(data, tmp_path, None, prepared, lambda *_: None)
+    settings = Train(epochs=30, batch_size=16, workers=2, optimizer=Optimizer(learning_rate=0.02))
+    job = Job("three", settings, Model(), tmp_path, prepared, None, tmp_path / "run", Augment(noise=0.1, flip="both", mixup=0.1))
+    job.folder.mkdir()
+    train(job, lambda *_: None, lambda _: None)
+    assert result(job.folder)["onnx_gap"] < 1e-4
+    assert read_lines(job.folder / METRICS)[-1]["val_accuracy"] > 0.9
+    engine = Engine(job.folder / "model.onnx", prepared)
+    with (tmp_path / "1.png").open("rb") as photo:
+        asked = {"size": 0.1, "note": "a red one", "file": {"b64": base64.b64encode(photo.read()).decode()}}
+    answer = engine.predict(parse_instances([asked], engine.schema))[0]
+    assert engine.schema.classes[int(answer.argmax())] == "y"
