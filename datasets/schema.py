@@ -37,6 +37,7 @@ Columns = dict[str, Any]
 MOST_CLASSES = 100
 """A target of numbers with more values than these is a regression, unless `data.task` says otherwise."""
 PIXEL = np.float32(1 / 255)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Feature(BaseModel):
@@ -176,6 +177,7 @@ def typed(table: pa.Table, features: tuple[Feature, ...], bad: Bad) -> Columns:
             values = numbers(column) if feature.kind == "number" else _times(column)
             bad.add(np.isnan(values) & ~given_null & ~_is_nan(column), name, f"not a {feature.kind}")
             bad.add(np.isinf(values), name, "infinite")
+            bad.add(np.abs(values) > LARGEST, name, "too large for float32")
             empty = np.isnan(values)
         elif feature.kind == "tensor":
             values, unfit = _tensors(column, feature.shape)
@@ -297,6 +299,7 @@ def targets(column: pa.ChunkedArray, data: Data, number: bool, bad: Bad) -> Colu
     bad.add(column.is_null().to_numpy() | _is_nan(column), data.target, "empty")
     bad.add(np.isnan(values), data.target, "not a number")
     bad.add(np.isinf(values), data.target, "infinite")
+    bad.add(np.abs(values) > LARGEST, data.target, "too large for float32")
     return values
 
 
@@ -424,7 +427,7 @@ def _parse(value: Any, feature: Feature, row: int) -> Any:
     if feature.kind == "tensor":
         return _tensor(value, feature, row)
     found = None
-    if feature.kind == "number" and (isinstance(value, bool) or _only_numbers(value, 0)):
+    if feature.kind == "number" and (isinstance(value, bool) or (_only_numbers(value, 0) and abs(value) <= LARGEST)):
         found = float(value)  # pyright: ignore[reportArgumentType]
     elif feature.kind == "time" and math.isfinite(seconds := _time(value)):
         found = seconds
@@ -441,7 +444,7 @@ def _parse(value: Any, feature: Feature, row: int) -> Any:
 
 
 MUST_BE = {
-    "number": "a finite number",
+    "number": "a finite number that float32 can hold",
     "time": "a time: ISO 8601 text, or seconds since 1970",
     "text": "text",
     "list": "a list of finite numbers",

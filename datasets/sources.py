@@ -177,7 +177,9 @@ class FileSource(Source):
 
     def __init__(self, pattern: str, base: Path, data: Data):
         self.where = pattern
-        self._files, self._root = _s3_files(pattern) if pattern.startswith("s3://") else _local_files(pattern, base)
+        found, self._root = _s3_files(pattern) if pattern.startswith("s3://") else _local_files(pattern, base)
+        self._stamps = {file: (size, changed) for file, size, changed in found}
+        self._files = sorted(self._stamps)
         if not self._files:
             raise DataError(f"{self._root}: not found: data.source names files, a folder or a glob of {', '.join(FORMATS)}")
         kinds = {FORMATS[PurePosixPath(f).suffix.lower()] for f in self._files}
@@ -189,7 +191,7 @@ class FileSource(Source):
 
     def identity(self) -> list:
         """Paths, sizes and times, since hashing terabytes would take a run's time."""
-        return [[f, *_stamp(f)] for f in self._files]
+        return [[file, *self._stamps[file]] for file in self._files]
 
     def head(self) -> pa.Table:
         table = super().head()
@@ -200,7 +202,8 @@ class FileSource(Source):
 
     def pieces(self) -> list[Piece]:
         if self.format == "images":
-            return [Piece(tuple(self._files[i : i + PIECE_IMAGES])) for i in range(0, len(self._files), PIECE_IMAGES)]
+            sizes = [max(self._stamps[file][0], PIECE_BYTES // PIECE_IMAGES) for file in self._files]
+            return [Piece(tuple(self._files[a:b])) for a, b in _runs(sizes, PIECE_BYTES)]
         return [piece for file in self._files for piece in self._cut(file)]
 
     def _cut(self, file: str) -> list[Piece]:
@@ -364,7 +367,9 @@ class FileSource(Source):
     def _images(self, piece: Piece, columns: list[str] | None) -> Iterator[Chunk]:
         names = [f.removeprefix(self._root).lstrip("/") or PurePosixPath(f).name for f in piece.files]
         folders = [PurePosixPath(f).parent.name for f in piece.files]
-        given = {"image": pa.array([_content(f) for f in piece.files], pa.binary()), LABEL: folders, PATH: names}
+        wanted = columns is None or "image" in columns
+        contents = [_content(f) if wanted else None for f in piece.files]
+        given = {"image": pa.array(contents, pa.binary()), LABEL: folders, PATH: names}
         table = pa.table(given)
         schema.require(columns or [], table.column_names, self.where)
         yield Chunk(table.select(columns or table.column_names), "", names)
@@ -431,19 +436,28 @@ def _usable(name: str) -> bool:
     return path.suffix.lower() in FORMATS and not any(part.startswith((".", "_")) for part in path.parts[-1:])
 
 
-def _local_files(pattern: str, base: Path) -> tuple[list[str], str]:
+Found = list[tuple[str, int, int]]
+"""(path, bytes, nanoseconds of the last change)."""
+
+
+def _local_files(pattern: str, base: Path) -> tuple[Found, str]:
+    """The files, and the folder that their names are told from."""
+
+    def stamped(files: list[str]) -> Found:
+        return [(file, (found := Path(file).stat()).st_size, found.st_mtime_ns) for file in files]
+
     place = (base / pattern).absolute()
     if place.is_dir():
-        return [str(p) for p in sorted(place.rglob("*")) if p.is_file() and _usable(p.name)], str(place)
+        return stamped([str(p) for p in place.rglob("*") if p.is_file() and _usable(p.name)]), str(place)
     found = [p for p in sorted(glob.glob(str(place), recursive=True)) if Path(p).is_file()]  # noqa: PTH207 (absolute globs too)
     for file in found:
         if PurePosixPath(file).suffix.lower() not in FORMATS:
             raise DataError(f"{file}: is of no known format: they are {', '.join(FORMATS)}")
     root = str(place.parent) if len(found) == 1 else os.path.commonpath(found) if found else str(place)
-    return found, root
+    return stamped(found), root
 
 
-def _s3_files(pattern: str) -> tuple[list[str], str]:
+def _s3_files(pattern: str) -> tuple[Found, str]:
     import pyarrow.fs as pfs
 
     parts = pattern.removeprefix("s3://").split("/")
@@ -452,22 +466,14 @@ def _s3_files(pattern: str) -> tuple[list[str], str]:
         place = "/".join(fixed).rstrip("/")
         info = _s3().get_file_info(place)
         if info.type == pfs.FileType.File:
-            return [f"s3://{place}"], f"s3://{place.rpartition('/')[0]}"
+            return [(f"s3://{place}", info.size, info.mtime_ns)], f"s3://{place.rpartition('/')[0]}"
         listed = _s3().get_file_info(pfs.FileSelector(place, recursive=True))
     except OSError as error:
         raise DataError(f"{pattern}: cannot be listed: {_first_line(error)}") from None
-    files = [i.path for i in listed if i.type == pfs.FileType.File and _usable(i.path)]
+    files = [i for i in listed if i.type == pfs.FileType.File and _usable(i.path)]
     if len(fixed) < len(parts):
-        files = [f for f in files if fnmatch.fnmatch(f, "/".join(parts).replace("**/", "*"))]
-    return [f"s3://{f}" for f in sorted(files)], f"s3://{place}"
-
-
-def _stamp(file: str) -> list:
-    if not file.startswith("s3://"):
-        found = Path(file).stat()
-        return [found.st_size, found.st_mtime_ns]
-    info = _filesystem(file)[0].get_file_info(file.removeprefix("s3://"))
-    return [info.size, info.mtime_ns]
+        files = [i for i in files if fnmatch.fnmatch(i.path, "/".join(parts).replace("**/", "*"))]
+    return [(f"s3://{i.path}", i.size, i.mtime_ns) for i in files], f"s3://{place}"
 
 
 def _content(file: str) -> bytes | None:

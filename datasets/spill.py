@@ -32,7 +32,10 @@ class Index(BaseModel):
 
 
 def write(file: Path, buckets: Iterator[Columns | None], keys: KeyStore | None) -> Index:
-    """Write one bucket after the other (None: an empty one), aside, and put the file in its place."""
+    """Write one bucket after the other (None: an empty one), aside, and put the file in its place.
+
+    Its name gets an ending of its own, so that a task of a killed job that is not dead yet cannot write over it."""
+    file = file.with_name(f"{file.name}-{secrets.token_hex(4)}")
     key = AESGCM.generate_key(256) if keys else b""
     aside = file.with_name(f".{file.name}.{os.getpid()}.part")
     ends: list[int] = []

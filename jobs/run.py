@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,8 @@ def rotate_keys(project: Project, base: Path, folder: Path, retire: bool) -> str
         version = keys.rotate(DATA_KEY)
         count = rotate_all(folder, keys)
         removed = keys.retire(DATA_KEY) if retire else 0
+        for aside in folder.glob(".work/*/rows") if retire else ():
+            shutil.rmtree(aside)  # rows of an unfinished preparation, which the older keys wrapped: they are sorted again
     older = f"{removed} older removed" if retire else "older ones stay (--retire removes them)"
     return f"{keys.folder}: {DATA_KEY}-{version} now wraps the keys of {count} shards; {older}"
 

@@ -54,6 +54,7 @@ def test_a_row_is_an_object_or_the_value_alone():
         ([{"age": 5}], TABLE, "row 0: lacks `curve`"),
         ([{"age": "secret", "curve": [1, 2, 3]}], TABLE, "row 0: `age` must be a finite number"),
         ([{"age": float("inf"), "curve": [1, 2, 3]}], TABLE, "row 0: `age` must be a finite number"),
+        ([{"age": 1e39, "curve": [1, 2, 3]}], TABLE, "row 0: `age` must be a finite number that float32 can hold"),
         ([{"age": 5, "curve": [1, 2, 3], "secret": 1}], TABLE, "row 0: has 1 unknown features"),
     ],
 )
@@ -122,7 +123,7 @@ def test_what_does_not_fit_its_kind_is_noted_by_row_with_the_column():
     table = pa.table(
         {
             "n": ["1", "x", "3", None, "inf"],
-            "o": [1.0, None, float("nan"), 4.0, 5.0],
+            "o": [1.0, None, float("nan"), 4.0, 1e39],
             "m": [[1, 2], [1, 2], [1], [1, 2], [1, 2]],
             "w": ["2024-01-01", "2024-01-01", "2024-01-01", "2024-01-01", "soon"],
         }
@@ -135,6 +136,8 @@ def test_what_does_not_fit_its_kind_is_noted_by_row_with_the_column():
         3: ("n", "empty"),
         4: ("n", "infinite"),
     }
+    assert typed(table.slice(4), features[1:2], alone := Bad(1))
+    assert alone.reasons == {0: ("o", "too large for float32")}
     assert columns["n"][0] == 1.0
     assert np.isnan(columns["o"][[1, 2]]).all()
     assert columns["w"][0] == 1704067200.0

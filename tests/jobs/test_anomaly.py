@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from heliograph.datasets.shards import Manifest
 from heliograph.errors import RunError
 from heliograph.jobs.anomaly import Detector
 from heliograph.jobs.steps import FINITE, LOSS, NORM, OWN
@@ -95,7 +96,8 @@ def test_a_training_that_is_told_to_stop_at_an_anomaly_says_at_which(cluster, tm
     assert "training stopped: the" in str(raised.value) and "train.on_anomaly is stop" in str(raised.value)
     anomaly = next(e for e in read_lines(given.folder / EVENTS) if e["kind"] == "anomaly")
     assert 101 <= anomaly["step"] <= 105
-    assert f"epoch {(anomaly['step'] - 1) // 20 + 1}, rows " in anomaly["text"]
+    steps = -(-Manifest.read(given.prepared).rows("train") // 16)
+    assert f"epoch {(anomaly['step'] - 1) // steps + 1}, rows " in anomaly["text"]
 
 
 def test_a_training_that_rolls_back_goes_on_from_before_with_a_smaller_rate(cluster, tmp_path):

@@ -110,10 +110,9 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_manifest(cluster, tmp
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     prepare(data, tmp_path, keys, undisturbed, silent)
-    out = tmp_path / "killed"
-    out.mkdir()
+    expected = Manifest.read(undisturbed)
     code = f"""
-import os, ray
+import ray, sys
 from pathlib import Path
 from heliograph.cluster.keys import KeyStore
 from heliograph.jobs.prepare import prepare
@@ -121,40 +120,42 @@ from heliograph.project import Data
 ray.init(address={ray.get_runtime_context().gcs_address!r}, log_to_driver=False)
 print("ready", flush=True)
 base = Path({str(tmp_path)!r})
-prepare(Data.model_validate_json({data.model_dump_json()!r}), base, KeyStore(base / "keys"), base / "killed", lambda *_: None)
-print("done", flush=True)
+prepare(Data.model_validate_json({data.model_dump_json()!r}), base, KeyStore(base / "keys"), base / sys.argv[1], lambda *_: None)
 """
-    draw = random.Random(5)
-    kills = 0
-    for attempt in range(40):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            assert child.stdout.readline() == "ready\n", child.stderr.read()
-            if kills < 10:
-                wait = draw.uniform(0.2, 1.0 + 0.4 * attempt)
-                try:
-                    child.wait(wait)
-                except subprocess.TimeoutExpired:
-                    child.send_signal(signal.SIGKILL)
-                    kills += 1
-            _, errors = child.communicate(timeout=120)
-            if child.returncode == 0:
-                break
-            assert child.returncode == -signal.SIGKILL, errors
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    assert kills >= 3
-    assert Manifest.read(out) == Manifest.read(undisturbed)
-    assert (out / "preprocess.json").read_text() == (undisturbed / "preprocess.json").read_text()
-    left = {f.name for f in out.iterdir() if not f.name.startswith("_KEY")} ^ {
-        f.name for f in undisturbed.iterdir() if not f.name.startswith("_KEY")
-    }
-    assert left == set()
-    for piece in Manifest.read(out).splits["train"]:
-        with shards.open_shard(out / piece.file, keys) as shard:
-            assert len(shards.read_rows(shard, out / piece.file)[TARGET]) == piece.rows
+    draw, kills = random.Random(5), 0
+    for attempt in range(60):
+        out = tmp_path / f"killed-{attempt}"
+        out.mkdir()
+        ended = False
+        while not ended:
+            child = subprocess.Popen(
+                [sys.executable, "-c", code, out.name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            try:
+                assert child.stdout.readline() == "ready\n", child.stderr.read()
+                if kills < 10:
+                    try:
+                        child.wait(draw.uniform(0.1, 3.0))
+                    except subprocess.TimeoutExpired:
+                        child.send_signal(signal.SIGKILL)
+                        kills += 1
+                _, errors = child.communicate(timeout=120)
+                assert child.returncode in (0, -signal.SIGKILL), errors
+                ended = child.returncode == 0
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+        assert Manifest.read(out) == expected
+        assert (out / "preprocess.json").read_text() == (undisturbed / "preprocess.json").read_text()
+        left, wanted = ({f.name for f in folder.iterdir() if not f.name.startswith(".")} for folder in (out, undisturbed))
+        assert left == wanted
+        for piece in expected.splits["train"]:
+            with shards.open_shard(out / piece.file, keys) as shard:
+                assert len(shards.read_rows(shard, out / piece.file)[TARGET]) == piece.rows
+        if kills == 10:
+            break
+    assert kills == 10
 
 
 @pytest.mark.parametrize(
