@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..cluster.runtime import LocalCluster
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Feature, Schema
+from ..datasets.sources import FunctionSource, open_source
 from ..project import Project
 from .prepare import sniff
 
 
 def check(project: Project, base: Path) -> list[str]:
     """Read the schema, build the model on it, and say what was found. Raises DataError and ModelError."""
-    schema, preprocessing = sniff(project.data, base)
+    with LocalCluster() as cluster:
+        if isinstance(open_source(project.data, base), FunctionSource):
+            cluster.start()  # a Ray Dataset can be looked at by Ray alone
+        schema, preprocessing = sniff(project.data, base)
     with _silenced():
         import keras  # noqa: F401
     from .model import build, compile_parts
