@@ -427,8 +427,8 @@ def _parse(value: Any, feature: Feature, row: int) -> Any:
     if feature.kind == "tensor":
         return _tensor(value, feature, row)
     found = None
-    if feature.kind == "number" and (isinstance(value, bool) or (_only_numbers(value, 0) and abs(value) <= LARGEST)):
-        found = float(value)  # pyright: ignore[reportArgumentType]
+    if feature.kind == "number" and isinstance(value, int | float) and abs(value) <= LARGEST:
+        found = float(value)
     elif feature.kind == "time" and math.isfinite(seconds := _time(value)):
         found = seconds
     elif feature.kind == "text" and isinstance(value, str):
