@@ -518,15 +518,11 @@ def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
     match item["type"]:
         case "union_tag_invalid" | "union_tag_not_found":
             found, known = item["ctx"].get("tag"), list(STEPS)
-            near = difflib.get_close_matches(str(found), known, 1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+            hint = _hint(str(found), known)
             line = lines.get((*key, "step"), line)
             return line, f"{_dotted((*key, 'step'))}: " + (f"found {found!r}: {hint}" if found else f"is missing: {hint}")
         case "extra_forbidden":
-            known = _known_keys(key[:-1], value)
-            near = difflib.get_close_matches(str(key[-1]), known, 1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-            return line, f"{_dotted(key)}: unknown key: {hint}"
+            return line, f"{_dotted(key)}: unknown key: {_hint(str(key[-1]), _known_keys(key[:-1], value))}"
         case "missing":
             return line, f"{_dotted(key)}: is missing: {_says(key, value)}"
         case "string_pattern_mismatch":
@@ -537,6 +533,11 @@ def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
     found = item["input"]
     found = "nothing" if found is None else repr(found)
     return line, f"{_dotted(key)}: found {found[:60]}: {fits}"
+
+
+def _hint(found: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(found, known, 1)
+    return f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
 
 
 def _key(item: Any) -> Key:

@@ -25,13 +25,12 @@ def draw(
     Returns, by name, `[rows, …]`: "geometry NAME" projective transforms `[rows, 8]`, "contrast" factors, "noise NAME"
     `[rows, n]`, and "share" and "partner": the row's own share, and where the other row is, counted from this one.
     """
-    positions = np.concatenate(spans)
+    key = mixed(np.array([seed[0] * 2654435761 + seed[1]], np.uint64))
+    rows = mixed(np.concatenate(spans).astype(np.uint64) ^ key)[:, None]
     found: dict[str, np.ndarray] = {}
 
     def uniform(which: int, count: int = 1) -> np.ndarray:
-        key = mixed(np.array([seed[0] * 2654435761 + seed[1]], np.uint64))
-        rows = mixed(positions.astype(np.uint64) ^ key)[:, None] + np.arange(which, which + count, dtype=np.uint64)
-        return (mixed(rows) >> np.uint64(11)) * 2.0**-53
+        return (mixed(rows + np.arange(which, which + count, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
     moves = how.flip or how.rotate or how.scale or how.translate or how.crop < 1
     for name, shape in shapes.items():

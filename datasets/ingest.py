@@ -59,7 +59,7 @@ class Part:
     @property
     def window_positions(self) -> int:
         """Positions of an epoch that a window covers, over all workers."""
-        return self.manifest.window * len(self._shards)
+        return self.manifest.window * self.lanes
 
     @property
     def row_bytes(self) -> int:
@@ -71,11 +71,11 @@ class Part:
 
     @property
     def _mine(self) -> range:
-        return range(self.rank, len(self._shards), self.workers)
+        return range(self.rank, self.lanes, self.workers)
 
     def rows_before(self, position: int) -> int:
         """How many of the positions before `position` are this worker's."""
-        whole, rest = divmod(position, len(self._shards))
+        whole, rest = divmod(position, self.lanes)
         return whole * len(self._mine) + sum(1 for lane in self._mine if lane < rest)
 
     def edge(self, step: int) -> int:
@@ -118,7 +118,7 @@ class Part:
                 if columns:
                     place = np.empty(len(order), np.int64)
                     place[order] = np.arange(len(order))
-                    positions.append(place * len(self._shards) + lane)
+                    positions.append(place * self.lanes + lane)
                     lanes.append(columns)
             # A row's place is the rank of its position, since positions of one worker are not without gaps.
             starts = np.cumsum([0, *map(len, positions)])

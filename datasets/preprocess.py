@@ -120,6 +120,12 @@ def statistics(values: Column, need: str = "") -> Statistics:
     return Statistics(rows=len(values), missing=len(values) - len(there), moments=moments, counts=counts)
 
 
+def finite(values: np.ndarray) -> np.ndarray:
+    """All numbers of a column that are there, as float64 `[n]`."""
+    flat = values.astype(np.float64, copy=False).reshape(-1)
+    return flat[np.isfinite(flat)]
+
+
 def merged(parts: Iterable[dict[str, Statistics]]) -> dict[str, Statistics]:
     out: dict[str, Statistics] = {}
     for part in parts:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from .preprocess import Statistics
+from .preprocess import Statistics, finite
 from .schema import Column, Columns, Schema, class_index
 from .shards import TARGET
 
@@ -74,7 +74,7 @@ def profile(
             m = stat.moments
             made.low, made.high, made.mean, made.deviation = m.low, m.high, m.mean, m.deviation
             if m.high > m.low and np.isfinite(m.high - m.low):
-                counts, edges = np.histogram(_flat(values, train), BINS, (m.low, m.high))
+                counts, edges = np.histogram(finite(values[train]), BINS, (m.low, m.high))
                 made.histogram, made.edges = counts.tolist(), edges.tolist()
         if stat.counts:
             made.distinct = len(stat.counts)
@@ -90,17 +90,11 @@ def profile(
     )  # fmt: skip
 
 
-def _flat(values: Column, rows: np.ndarray) -> np.ndarray:
-    assert isinstance(values, np.ndarray)
-    flat = values[rows].astype(np.float64).reshape(-1)
-    return flat[np.isfinite(flat)]
-
-
 def _drift(values: Column, train: np.ndarray, test: np.ndarray) -> float | None:
     if not len(train) or not len(test):
         return None
     if isinstance(values, np.ndarray):
-        a, b = np.sort(_flat(values, train)), np.sort(_flat(values, test))
+        a, b = np.sort(finite(values[train])), np.sort(finite(values[test]))
         if not len(a) or not len(b):
             return None
         at = np.concatenate([a, b])

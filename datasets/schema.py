@@ -200,7 +200,7 @@ def _is_nan(column: pa.ChunkedArray) -> np.ndarray:
     return pc.is_nan(column).fill_null(False).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _one(column: pa.ChunkedArray) -> pa.Array:
+def one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
@@ -269,7 +269,7 @@ def _tensors(column: pa.ChunkedArray, shape: tuple[int, ...]) -> tuple[np.ndarra
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
     """Null for what cannot be cast."""
     try:
-        return _one(column.cast(kind) if column.type != kind else column)
+        return one_array(column.cast(kind) if column.type != kind else column)
     except (pa.ArrowException, NotImplementedError):
         made = []
         for value in column.to_pylist():
@@ -350,7 +350,7 @@ def class_index(column: Column, schema: Schema) -> np.ndarray:
 
 
 def column_of(column: pa.ChunkedArray, kind: Kind) -> Column:
-    return to_numpy(column) if kind in ("number", "time", "tensor") else _one(column)
+    return to_numpy(column) if kind in ("number", "time", "tensor") else one_array(column)
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
@@ -358,7 +358,7 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
 
     Ray's own tensor type and Arrow's differ in name only: both store a list of numbers and know the shape.
     """
-    array = _one(column)
+    array = one_array(column)
     kind = array.type
     if isinstance(kind, pa.BaseExtensionType):
         shape = tuple(kind.shape)

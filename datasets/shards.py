@@ -137,7 +137,7 @@ def shard_lengths(rows: int, shards: int) -> list[int]:
 
 
 class Writer:
-    """A Parquet file that is written table by table, aside, and put in its place by `close`.
+    """A Parquet file that is written table by table, aside, and put in its place by `close`; a block that fails leaves none.
 
     window: rows of its row groups. keys: seals it; None leaves it in clear.
     """
@@ -152,6 +152,16 @@ class Writer:
         self._held: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
         self._digest = hashlib.sha256()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind:
+            if self._writer:
+                self._writer.close()
+            self._aside.unlink(missing_ok=True)
+            _key_material(self._aside).unlink(missing_ok=True)
 
     def write(self, columns: Columns) -> None:
         packed = [_packed(name, values) for name, values in columns.items()]
@@ -187,12 +197,6 @@ class Writer:
         self._aside.replace(self.file)
         return Shard(file=self.file.name, rows=self.rows, sha256=self._digest.hexdigest())
 
-    def abandon(self) -> None:
-        if self._writer:
-            self._writer.close()
-        self._aside.unlink(missing_ok=True)
-        _key_material(self._aside).unlink(missing_ok=True)
-
 
 def _values(column: pa.ChunkedArray) -> Any:
     """What a hash of a column is over."""
@@ -226,21 +230,16 @@ def _unpacked(table: pa.Table) -> pa.Table:
 
 def _bytes(column: pa.ChunkedArray) -> memoryview:
     """Of a column of bytes of fixed length."""
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    array = schemas.one_array(column)
     width = column.type.byte_width
     return memoryview(array.buffers()[1] or b"")[array.offset * width : (array.offset + len(array)) * width]
 
 
 def write_shard(file: Path, columns: Columns, window: int, keys: KeyStore | None) -> Shard:
     """Write one shard at once."""
-    writer = Writer(file, window, keys)
-    try:
+    with Writer(file, window, keys) as writer:
         writer.write(columns)
         return writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 def open_shard(file: Path, keys: KeyStore | None) -> pq.ParquetFile:
@@ -252,11 +251,11 @@ def open_shard(file: Path, keys: KeyStore | None) -> pq.ParquetFile:
         raise _damaged(file, error) from None
 
 
-def read_table(shard: pq.ParquetFile, file: Path, groups: list[int] | None = None, columns: list[str] | None = None) -> pa.Table:
+def read_table(shard: pq.ParquetFile, file: Path, groups: list[int] | None = None) -> pa.Table:
     """Some row groups (default: all). Raises DataError when a byte differs."""
     try:
         every = list(range(shard.num_row_groups)) if groups is None else groups
-        return _unpacked(shard.read_row_groups(every, columns, use_threads=False))
+        return _unpacked(shard.read_row_groups(every, use_threads=False))
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from None
 

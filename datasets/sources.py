@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -86,21 +87,21 @@ class Piece:
     """Columns that the path tells (Hive partitions)."""
 
 
-class Source:
-    """where: how people call it. Files may be on this machine or in S3; credentials are found the AWS way."""
+class PieceSource(ABC):
+    """A source that is read piece by piece. where: how people call it."""
 
     where: str
 
+    @abstractmethod
     def identity(self) -> list:
         """What changes when the rows do."""
-        raise NotImplementedError
 
-    def pieces(self) -> list[Piece]:
-        raise NotImplementedError
+    @abstractmethod
+    def pieces(self) -> list[Piece]: ...
 
+    @abstractmethod
     def read(self, piece: Piece, columns: list[str] | None = None) -> Iterator[Chunk]:
         """A piece's rows in chunks of about PIECE_BYTES at most. Raises DataError for what cannot be read."""
-        raise NotImplementedError
 
     def head(self) -> pa.Table:
         """The first rows. Raises DataError when there are none."""
@@ -111,7 +112,7 @@ class Source:
         raise DataError(f"{self.where}: has no rows")
 
 
-class SklearnSource(Source):
+class SklearnSource(PieceSource):
     """`sklearn://digits`: images become an 8×8 tensor column `image`; tables keep their feature names."""
 
     def __init__(self, name: str):
@@ -138,7 +139,7 @@ class SklearnSource(Source):
         yield Chunk(table.select(columns or table.column_names), self.where)
 
 
-class FunctionSource(Source):
+class FunctionSource:
     """`file:function` of the project: called where the cluster is, it returns a Ray Dataset of rows."""
 
     def __init__(self, call: str, base: Path):
@@ -172,8 +173,8 @@ class FunctionSource(Source):
         return rows
 
 
-class FileSource(Source):
-    """Files of one format, found by a path, a folder or a glob. paths: the column that holds paths of images, if one does."""
+class FileSource(PieceSource):
+    """Files of one format, found by a path, a folder or a glob, here or in S3 (credentials are found the AWS way)."""
 
     def __init__(self, pattern: str, base: Path, data: Data):
         self.where = pattern
@@ -237,9 +238,8 @@ class FileSource(Source):
                     table = _with_files(table, column, str(PurePosixPath(file).parent))
                 yield Chunk(table, chunk.where, chunk.numbers, chunk.skipped)
 
-    @functools.cached_property
-    def _opened(self) -> Any:
-        return functools.partial(_Opened, root=self._root, format=self.format)
+    def _opened(self, file: str) -> "_Opened":
+        return _Opened(file, _name(file, self._root), self.format)
 
     def _parquet(self, opened: Any, name: str, piece: Piece, columns: list[str] | None) -> Iterator[Chunk]:
         import pyarrow.parquet as pq
@@ -258,19 +258,20 @@ class FileSource(Source):
 
     def _same_types(self, found: pa.Schema, name: str) -> None:
         """Numbers and text under one name, in files of one source, are a mistake somewhere."""
-        if not hasattr(self, "_first_schema"):
-            with self._opened(self._files[0]) as (opened, _):
-                import pyarrow.parquet as pq
-
-                self._first_schema = pq.ParquetFile(opened).schema_arrow
         first = self._first_schema
         for column in found.names:
             if column in first.names:
                 here, there = (schema.kind_of(s.field(column).type) for s in (found, first))
                 if here != there:
-                    other = self._files[0].removeprefix(self._root).lstrip("/") or self._files[0]
-                    types = f"{found.field(column).type}, in {other} it is {first.field(column).type}"
+                    types = f"{found.field(column).type}, in {_name(self._files[0], self._root)} it is {first.field(column).type}"
                     raise DataError(f"{name}: column `{column}` is {types}: the files of a source have one type a column")
+
+    @functools.cached_property
+    def _first_schema(self) -> pa.Schema:
+        import pyarrow.parquet as pq
+
+        with self._opened(self._files[0]) as (opened, _):
+            return pq.ParquetFile(opened).schema_arrow
 
     def _csv(self, opened: Any, name: str, _: Piece, columns: list[str] | None) -> Iterator[Chunk]:
         kinds = self.csv_types
@@ -365,7 +366,7 @@ class FileSource(Source):
             yield Chunk(_rows_table(rows), f"{name} record", range(first, first + len(rows)))
 
     def _images(self, piece: Piece, columns: list[str] | None) -> Iterator[Chunk]:
-        names = [f.removeprefix(self._root).lstrip("/") or PurePosixPath(f).name for f in piece.files]
+        names = [_name(f, self._root) for f in piece.files]
         folders = [PurePosixPath(f).parent.name for f in piece.files]
         wanted = columns is None or "image" in columns
         contents = [_content(f) if wanted else None for f in piece.files]
@@ -373,6 +374,9 @@ class FileSource(Source):
         table = pa.table(given)
         schema.require(columns or [], table.column_names, self.where)
         yield Chunk(table.select(columns or table.column_names), "", names)
+
+
+Source = PieceSource | FunctionSource
 
 
 def open_source(data: Data, base: Path) -> Source:
@@ -390,11 +394,16 @@ def open_source(data: Data, base: Path) -> Source:
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
+def _name(file: str, root: str) -> str:
+    """What people know a file by: its path from the source's folder on."""
+    return file.removeprefix(root).lstrip("/") or PurePosixPath(file).name
+
+
 class _Opened:
     """A file, open, with the name that people know it by; every error of reading it is one line."""
 
-    def __init__(self, file: str, root: str, format: str):
-        self._file, self.name, self._format = file, file.removeprefix(root).lstrip("/") or PurePosixPath(file).name, format
+    def __init__(self, file: str, name: str, format: str):
+        self._file, self.name, self._format = file, name, format
 
     def __enter__(self) -> tuple[Any, str]:
         try:
@@ -433,7 +442,7 @@ def _filesystem(file: str) -> tuple[Any, str]:
 
 def _usable(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in FORMATS and not any(part.startswith((".", "_")) for part in path.parts[-1:])
+    return path.suffix.lower() in FORMATS and not path.name.startswith((".", "_"))
 
 
 Found = list[tuple[str, int, int]]

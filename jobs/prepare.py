@@ -30,11 +30,22 @@ from ..cluster.keys import KeyStore
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..datasets import schema as schemas
 from ..datasets import shards, spill
-from ..datasets.preprocess import SAMPLE_ROWS, Preprocessing, Statistics, check_steps, decode, fit, merged, optional, statistics
+from ..datasets.preprocess import (
+    SAMPLE_ROWS,
+    Preprocessing,
+    Statistics,
+    check_steps,
+    decode,
+    finite,
+    fit,
+    merged,
+    optional,
+    statistics,
+)
 from ..datasets.profile import profile
 from ..datasets.schema import Bad, Columns, Feature, Labels, Schema
 from ..datasets.shards import TARGET, WEIGHT, Manifest, Shard, SplitName
-from ..datasets.sources import Chunk, FunctionSource, Piece, Source, open_source
+from ..datasets.sources import Chunk, FunctionSource, Piece, PieceSource, Source, open_source
 from ..errors import DataError
 from ..project import Data
 
@@ -66,6 +77,12 @@ class Plan:
     @property
     def rows(self) -> Path:
         return self.folder / "rows"
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the source, each once."""
+        more = filter(None, (self.data.target, self.data.weight))
+        return list(dict.fromkeys([*(f.name for f in self.features), *more]))
 
     @property
     def first_train(self) -> int:
@@ -102,9 +119,9 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     """
     update("reading the schema")
     source = open_source(data, base)
-    head, features, number = look(source, data)
+    _, features, number = look(source, data)
     check_steps(data, features, base)
-    plan = _planned(data, source, head, optional(data, features), number, folder, keys)
+    plan = _planned(data, source, optional(data, features), number, folder, keys)
     plan.rows.mkdir(exist_ok=True)
 
     pieces = _sort(plan, update)
@@ -182,7 +199,7 @@ def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
 
     def gather(so_far: Preprocessing, needs: dict[str, str]) -> dict[str, Any]:
         made = so_far.run(good)
-        return {n: _numbers(made[n]) if need == "sample" else statistics(made[n], need) for n, need in needs.items()}
+        return {n: finite(made[n]) if need == "sample" else statistics(made[n], need) for n, need in needs.items()}
 
     preprocessing = fit(data, features, raw, gather, base)
     return _schema(data, classes, features, preprocessing.apply(_taken(good, np.arange(1)))), preprocessing
@@ -224,7 +241,7 @@ def across(work: Callable[[Any], Any], items: list[Any], update: Callable[..., N
 
 
 def _planned(
-    data: Data, source: Source, head: pa.Table, features: tuple[Feature, ...], number: bool, folder: Path, keys: KeyStore | None
+    data: Data, source: Source, features: tuple[Feature, ...], number: bool, folder: Path, keys: KeyStore | None
 ) -> Plan:
     """How many buckets there are does not decide what comes out, only how much a task holds at a time."""
     size = sum(s[1] for s in source.identity() if isinstance(s, list) and len(s) > 2)
@@ -236,8 +253,7 @@ def _planned(
 
 def _sort(plan: Plan, update: Callable[..., None]) -> list[Sorted]:
     if isinstance(plan.source, FunctionSource):
-        columns = [f.name for f in plan.features] + [plan.data.target] + ([plan.data.weight] if plan.data.weight else [])
-        rows = plan.source.dataset().select_columns(columns)
+        rows = plan.source.dataset().select_columns(plan.columns)
         work = functools.partial(_sort_block, plan)
         found = rows.map_batches(work, batch_size=None, batch_format="pyarrow").take_all()
         records = [json.loads(row["found"]) for row in found]
@@ -256,8 +272,8 @@ def _sort_piece(plan: Plan, item: tuple[int, Piece]) -> list[dict[str, Any]]:
     number, piece = item
     record = plan.rows / f"{number:06d}.json"
     if not record.exists():
-        columns = [f.name for f in plan.features] + [plan.data.target] + ([plan.data.weight] if plan.data.weight else [])
-        chunks = enumerate(plan.source.read(piece, list(dict.fromkeys(columns))))
+        assert isinstance(plan.source, PieceSource)
+        chunks = enumerate(plan.source.read(piece, plan.columns))
         write_json(record, [_sorted(plan, chunk, f"{number:06d}-{i:04d}").model_dump() for i, chunk in chunks])
     return read_json(record)
 
@@ -417,11 +433,6 @@ def _first_bucket(plan: Plan) -> int:
     return int(np.searchsorted(plan.edges, plan.first_train))
 
 
-def _numbers(values: np.ndarray) -> np.ndarray:
-    flat = values.astype(np.float64, copy=False).reshape(-1)
-    return flat[np.isfinite(flat)]
-
-
 def _gather(plan: Plan, pieces: list[Sorted], rows: int, so_far: Preprocessing, needs: dict[str, str]) -> dict[str, Any]:
     """One pass over the training rows: statistics of some columns as the steps so far leave them."""
     found: dict[str, Any] = {}
@@ -435,15 +446,14 @@ def _gather(plan: Plan, pieces: list[Sorted], rows: int, so_far: Preprocessing, 
         end = plan.first_train + int(share * (2**63 - 1 - plan.first_train))
         columns = [columns for _, columns in _read_up_to(plan, pieces, _sources_of(plan, so_far, drawn), plan.first_train, end)]
         made = [so_far.run(c) for c in columns]
-        found |= {n: np.concatenate([_numbers(m[n]) for m in made]) if made else np.empty(0) for n in drawn}
+        found |= {n: np.concatenate([finite(m[n]) for m in made]) if made else np.empty(0) for n in drawn}
     return found
 
 
-def _statistics(plan: Plan, so_far: Preprocessing, needs: dict[str, str], piece: dict[str, Any] | Sorted) -> dict[str, Any]:
-    record = piece if isinstance(piece, Sorted) else Sorted.model_validate(piece)
+def _statistics(plan: Plan, so_far: Preprocessing, needs: dict[str, str], piece: Sorted) -> dict[str, Any]:
     names = _sources_of(plan, so_far, list(needs))
     parts = []
-    for _, columns in _read_piece(plan, record, range(_first_bucket(plan), len(record.buckets)), names):
+    for _, columns in _read_piece(plan, piece, range(_first_bucket(plan), len(piece.buckets)), names):
         made = so_far.run(columns)
         parts.append({n: statistics(made[n], need) for n, need in needs.items()})
     return {n: s.model_dump() for n, s in merged(parts).items()}
@@ -508,8 +518,7 @@ def _write(
         return read_json(record)
     ends = np.cumsum(counts)
     low, high = int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, first + rows))
-    writer = shards.Writer(plan.folder / name, window, plan.keys)
-    try:
+    with shards.Writer(plan.folder / name, window, plan.keys) as writer:
         for bucket, columns in _read_buckets(plan, pieces, range(low, high + 1)):
             start = int(ends[bucket] - counts[bucket])
             own = range(max(0, first - start), min(int(counts[bucket]), first + rows - start))
@@ -520,9 +529,6 @@ def _write(
                 made = mine if split == "test" else preprocessing.apply(mine)
                 writer.write({**made, TARGET: target, **weight})
         shard = writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
     write_json(record, shard.model_dump())
     return shard.model_dump()
 

@@ -147,8 +147,6 @@ class Steps:
 
         def varied(rows: Any, draws: Any) -> Any:
             """A whole step's rows, as they are trained on."""
-            if not draws:
-                return rows
             inputs, target_of_other = varying.vary(rows[0], rows[1], draws, augment[1])
             return (inputs, *rows[1:], *((draws["share"], target_of_other) if "share" in draws else ()))
 
