@@ -120,35 +120,39 @@ def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None
     display = Display()
     with opened(_run_folder(folder, run), loaded.train.processes, display) as current:
         first_request.require_port(loaded, current)
-        execute(loaded, folder.resolve(), current)
+        version = execute(loaded, folder.resolve(), current)
         first_request.execute(loaded, folder.resolve(), current)
         result = report.write(loaded, current)
     display.console.print(stage_table(result["stages"]))
     for line in report.summary(result):
         typer.echo(line)
+    typer.echo(f"model: {loaded.name}@{version} in {folder / loaded.registry}")
     typer.echo(f"report: {_run_folder(folder, run) / 'report.html'}; to keep serving: heliograph serve {folder}")
 
 
 @app.command()
 def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
-    """Serve a run's bundle on 127.0.0.1 until Ctrl-C, in TensorFlow Serving's JSON and sealed (RFC 9458).
+    """Serve the project's registry on 127.0.0.1 until Ctrl-C: TensorFlow Serving's REST, Open Inference Protocol, sealed.
+
+    The version in production answers (`heliograph deploy`), or the newest while none was deployed. Try it at /docs.
 
     Example:  heliograph serve examples/digits --port 8000
     """
     loaded = _with_port(project.load(folder), port)
     from .cluster.runtime import LocalCluster
     from .errors import RunError
-    from .jobs.run import key_store
+    from .jobs.run import key_store, registry
     from .serve.endpoint import Endpoint, start
 
-    held = _run_folder(folder, run)
-    if not (held / "bundle").is_dir():
-        raise RunError(f"{held}: has no bundle yet: run `heliograph run {folder}` first")
-    endpoint = Endpoint(loaded.name, held / "bundle", key_store(loaded, folder.resolve(), held), loaded.serve)
-    with LocalCluster(loaded.serve.replicas, logs=held / "ray-logs") as cluster:
+    held, models = _run_folder(folder, run), registry(loaded, folder.resolve())
+    if loaded.name not in models.names():
+        raise RunError(f"{models.folder}: has no {loaded.name} yet: run `heliograph run {folder}` first")
+    keys = key_store(loaded, folder.resolve(), held)
+    endpoint = Endpoint(loaded.name, models, keys, loaded.serve, held / "serve.log")
+    with LocalCluster(loaded.serve.most_replicas, logs=held / "ray-logs") as cluster:
         typer.echo(f"starting {endpoint.url} (about 20 s)", err=True)
-        url = start(endpoint, cluster)
-        typer.echo(f"serving {url}/v1/models/{loaded.name}:predict (Ctrl-C ends it)")
+        url = start(endpoint, cluster, typer.echo)
+        typer.echo(f"serving {loaded.name}@{models.resolve(loaded.name)} on {url}, see {url}/docs (Ctrl-C ends it)")
         typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {endpoint.keys.public_key()}")
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
@@ -156,10 +160,40 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> No
 
 
 @app.command()
+def deploy(
+    model: Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its newest version.")],
+    project_folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {project.FILE}.")] = Path(),
+    percent: Annotated[float, typer.Option(help="Of the requests that the new version gets.", min=0.1, max=100)] = 10.0,
+    seconds: Annotated[float, typer.Option(help="It is judged for at least so long,", min=0)] = 60.0,
+    requests: Annotated[int, typer.Option(help="and by at least so many requests.", min=1)] = 100,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until the verdict (exit code 2: rolled back).")] = True,
+) -> None:
+    """Put a version into production: a share of the requests first, all of them once it has proved itself.
+
+    It is rolled back when it cannot be loaded, fails more often or is slower than the version in production. With
+    --percent 100 it takes over at once. A running `heliograph serve` of the project does the work.
+
+    Example:  heliograph deploy digits@2 --project examples/digits --percent 20
+    """
+    loaded = project.load(project_folder)
+    from .jobs.registry import parse
+    from .jobs.run import registry
+    from .serve import rollout
+
+    models = registry(loaded, project_folder.resolve())
+    name, version = parse(model)
+    version = version or max(models.versions(name), default=1)
+    state = rollout.begin(models, name, version, percent, seconds, requests)
+    rollout.follow(models, name, state, wait, typer.echo)
+
+
+@app.command()
 def predict(
-    rows: Annotated[Path, typer.Argument(help='JSON: a list of rows, or {"instances": [...]}; - for standard input.')],
-    model: Annotated[str, typer.Option(help="The model's name.")],
+    rows: Annotated[Path, typer.Argument(help=".json (or -), .jsonl, .csv or .parquet; columns as the source has them.")],
+    model: Annotated[str, typer.Option(help="The model: NAME, or NAME@VERSION.")],
     url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
+    out: Annotated[Path | None, typer.Option(help="Write predictions to this .csv or .jsonl; run again to go on.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a request, of a file that is streamed.", min=1)] = 256,
     trust: Annotated[
         Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")
     ] = None,
@@ -167,20 +201,39 @@ def predict(
 ) -> None:
     """Send rows to an endpoint, sealed so that only the model's replica can read them, and print a line for each.
 
+    A .jsonl, .csv or .parquet of any size is streamed; with --out what was answered is kept, and the same command goes on
+    where it was stopped.
+
     Example:  heliograph predict rows.json --model digits --trust runs/default/keys/signing.pub
     """
-    from .serve.client import Client, read_rows
+    from .jobs.registry import parse
+    from .serve import bulk
+    from .serve.client import Client
 
-    found = read_rows(rows)
-    with Client(url, model, encrypt=not plain, trust=trust) as client:
-        answers = client.predict(found)
-        classes = client.schema()["classes"]
-    for answer in answers:
-        if classes:
-            best = max(range(len(classes)), key=answer.__getitem__)
-            typer.echo(f"{classes[best]}\t{answer[best]:.4f}")
-        else:
-            typer.echo(f"{answer:.6g}")
+    name, version = parse(model)
+    with Client(url, name, version=version, encrypt=not plain, trust=trust) as client:
+        bulk.predict(client, rows, out, batch)
+
+
+@app.command("predict-dataset")
+def predict_dataset(
+    folder: ProjectFolder,
+    source: Annotated[str, typer.Argument(help="Rows as data.source has them: a path, a glob, s3://…")],
+    out: Annotated[Path, typer.Argument(help="A folder for Parquet files: the rows, with predictions beside them.")],
+    run: RunFolder = None,
+    version: Annotated[int | None, typer.Option(help="Of the model (default: the one in production, or the newest).")] = None,
+) -> None:
+    """Predict a whole dataset with a model of the registry, across the cluster by Ray Data; no endpoint is needed.
+
+    What is done stays: the same command goes on where it was stopped.
+
+    Example:  heliograph predict-dataset examples/wine wine-2026.parquet predictions
+    """
+    loaded = project.load(folder)
+    from .jobs.display import Display
+    from .jobs.predict import predict_source
+
+    typer.echo(predict_source(loaded, folder.resolve(), _run_folder(folder, run), source, out, version, Display()))
 
 
 @app.command("rotate-keys")

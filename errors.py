@@ -7,10 +7,13 @@
     ├── KeyStoreError               a key is missing, damaged or open to others
     ├── BundleError                 a bundle is incomplete or of another format
     │   └── SignatureError          … or was changed, or signed by somebody else
+    ├── RegistryError               a model or version that the registry does not have
+    │   └── RolledBack              … or that did not prove itself in production
     ├── RunError                    the run's folder is in use or holds something else
     ├── EndpointError               the endpoint cannot be started or reached
     │   └── PortInUse
     └── RequestError                one request was refused (``status`` is its HTTP status)
+        ├── Overloaded              … because more is asked for than can be answered in time
         └── CapsuleError            an encapsulated request or answer cannot be opened
 
 The command line prints ``str(error)`` and exits with 2. Everything outside this tree is a bug of ours: it exits with 1
@@ -42,6 +45,12 @@ class BundleError(HeliographError): ...
 class SignatureError(BundleError): ...
 
 
+class RegistryError(HeliographError): ...
+
+
+class RolledBack(RegistryError): ...
+
+
 class RunError(HeliographError): ...
 
 
@@ -52,7 +61,9 @@ class PortInUse(EndpointError): ...
 
 
 class RequestError(HeliographError):
-    """A refused request. ``status``: the HTTP status that says so (400 unless given)."""
+    """A refused request. ``status``: the HTTP status that says so (400 unless given). ``retry_after``: seconds, 0 for never."""
+
+    retry_after = 0
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message, status)
@@ -60,6 +71,13 @@ class RequestError(HeliographError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class Overloaded(RequestError):
+    retry_after = 1
+
+    def __init__(self, message: str = "more is asked for than can be answered in time: try again", status: int = 503):
+        super().__init__(message, status)
 
 
 class CapsuleError(RequestError): ...

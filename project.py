@@ -413,12 +413,46 @@ class Train(Section):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
+class Replicas(Section):
+    """a number, or a section with `min` and `max`"""
+
+    min: Annotated[int, Field(ge=0)]
+    """0: none while nobody asks; the first request then waits for a cold start"""
+    max: Annotated[int, Field(ge=1)]
+    target: Annotated[float, Field(gt=0)] = 16.0
+    """requests in flight that a replica shall have on average"""
+    up_seconds: Annotated[float, Field(ge=0)] = 2.0
+    down_seconds: Annotated[float, Field(ge=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, max is {self.max}: min must not be larger")
+        return self
+
+
 class Serve(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    replicas: Annotated[int, Field(ge=1)] = 1
+    replicas: Annotated[int, Field(ge=1)] | Replicas = 1
+    per_node: Annotated[int, Field(ge=1)] | None = None
+    """replicas on one node at most"""
+    cpus: Annotated[float, Field(ge=0)] = 0.0
+    """CPUs that a replica reserves"""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that a replica reserves; a fraction shares one"""
+    engine: Literal["auto", "onnx", "litert", "tensorflow", "keras"] = "auto"
+    """`auto` measures ONNX Runtime and LiteRT when a model is loaded and takes the faster"""
+    latency_ms: Annotated[float, Field(gt=0)] = 250.0
+    """what a request may take; more requests than can be answered within it are refused with 503"""
+    models: Annotated[int, Field(ge=1)] = 4
+    """models and versions that a replica holds; the least recently used goes"""
     encrypted: Literal["accepted", "required"] = "accepted"
     """`required` refuses every request in clear."""
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
     @field_validator("host")
     @classmethod
@@ -438,6 +472,8 @@ class Project(Section):
     serve: Serve = Serve()
     keys: str | None = None
     """A folder of keys (default: `keys` in the run's folder)."""
+    registry: str = "registry"
+    """A folder of bundles by name and version, relative to the project."""
 
     @model_validator(mode="after")
     def _workers_have_shards(self):

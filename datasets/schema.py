@@ -49,6 +49,12 @@ class Feature(BaseModel):
     optional: bool = False
     """Whether it may be empty."""
 
+    def empty(self, rows: int) -> "Column":
+        """A column of empty cells."""
+        if self.kind in ("number", "time"):
+            return np.full(rows, np.nan)
+        return pa.nulls(rows, ARROW[self.kind])
+
 
 class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -385,16 +391,19 @@ def as_fed(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32) * PIXEL if values.dtype == np.uint8 else values.astype(np.float32, copy=False)
 
 
-def parse_instances(instances: Any, schema: Schema) -> Columns:
+def parse_instances(instances: Any, schema: Schema, exact: bool = True) -> Columns:
     """Rows of a request, as JSON gave them, to columns.
 
     A row is `{feature: value}`; where there is one feature only, the value alone will do. An image is
-    `{"b64": "…"}`, a time is ISO 8601 or seconds since 1970; what is optional may be null or left out.
+    `{"b64": "…"}`, a time is ISO 8601 or seconds since 1970; what is optional may be null or left out. exact: whether a
+    boolean may lie among the numbers, which takes a look at each.
     Raises RequestError, whose text names features and shapes but never repeats a value.
     """
     if not isinstance(instances, list) or not instances:
         raise RequestError('"instances" must be a list of at least one row')
     names = [f.name for f in schema.features]
+    if len(names) == 1 and not isinstance(instances[0], dict):
+        return {names[0]: _parse_column(instances, schema.features[0], exact)}
     optional = {f.name for f in schema.features if f.optional}
     rows = []
     for i, given in enumerate(instances):
@@ -408,17 +417,82 @@ def parse_instances(instances: Any, schema: Schema) -> Columns:
                 text = f"lacks {listed(missing)}" if missing else f"has {len(extra)} unknown features"
                 raise RequestError(f"row {i}: {text}; the features are {listed(names)}")
         rows.append(row)
-    out: Columns = {}
-    for feature in schema.features:
-        values = [_parse(row.get(feature.name), feature, i) for i, row in enumerate(rows)]
-        if feature.kind in ("number", "time"):
-            out[feature.name] = np.array(values, np.float64)
-        elif feature.kind == "tensor":
-            out[feature.name] = np.stack(values)
-        else:
-            kind = {"text": pa.string(), "image": pa.binary(), "list": pa.list_(pa.float64())}[feature.kind]
-            out[feature.name] = pa.array(values, kind)
-    return out
+    return {f.name: _parse_column([row.get(f.name) for row in rows], f, exact) for f in schema.features}
+
+
+def parse_columns(given: Any, schema: Schema, exact: bool = True) -> Columns:
+    """The same for columns: `{feature: [value, …]}`, or one list where there is one feature. Raises RequestError."""
+    names = [f.name for f in schema.features]
+    if len(names) == 1 and isinstance(given, list):
+        given = {names[0]: given}
+    if not isinstance(given, dict) or not all(isinstance(v, list) for v in given.values()):
+        raise RequestError(f'"inputs" must be an object with a list for each of {listed(names)}')
+    missing = [f.name for f in schema.features if f.name not in given and not f.optional]
+    if extra := [n for n in given if n not in names]:
+        raise RequestError(f'"inputs" has {len(extra)} unknown features; the features are {listed(names)}')
+    if missing:
+        raise RequestError(f'"inputs" lacks {listed(missing)}; the features are {listed(names)}')
+    counts = {len(v) for v in given.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise RequestError('the columns of "inputs" must have the same number of rows, at least one')
+    (rows,) = counts
+    return {f.name: _parse_column(given[f.name], f, exact) if f.name in given else f.empty(rows) for f in schema.features}
+
+
+def _parse_column(values: list[Any], feature: Feature, exact: bool) -> Column:
+    if feature.kind in ("number", "tensor") and not exact:
+        plain = _plain_numbers(values, feature)
+        if plain is not None:
+            return plain
+    parsed = [_parse(value, feature, i) for i, value in enumerate(values)]
+    if feature.kind in ("number", "time"):
+        return np.array(parsed, np.float64)
+    return np.stack(parsed) if feature.kind == "tensor" else pa.array(parsed, ARROW[feature.kind])
+
+
+ARROW = {"text": pa.string(), "image": pa.binary(), "list": pa.list_(pa.float64())}
+
+
+def _plain_numbers(values: list[Any], feature: Feature) -> np.ndarray | None:
+    """All rows at once, where they are numbers of the right shape; None where each must be looked at."""
+    try:
+        found = np.asarray(values)
+    except (ValueError, OverflowError):
+        return None
+    if found.dtype.kind not in "iuf" or found.shape[1:] != feature.shape or not (np.abs(found) <= LARGEST).all():
+        return None
+    return found.astype(np.float64 if feature.kind == "number" else np.float32)
+
+
+def column_from_array(values: np.ndarray, feature: Feature) -> Column:
+    """Numbers `[rows]`, `[rows, *shape]` of a tensor or `[rows, length]` of lists, of any number type, to a column.
+
+    Raises RequestError."""
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float32 if feature.kind == "tensor" else np.float64)
+    fine = np.abs(found) <= LARGEST
+    if feature.optional and feature.kind in ("number", "time"):
+        fine |= np.isnan(found)
+    if not fine.all():
+        row = int(np.argmin(fine.reshape(len(fine), -1).all(axis=1)))
+        raise RequestError(f"row {row}: `{feature.name}` holds NaN, infinity or a number too large for float32")
+    if feature.kind != "list":
+        return found
+    offsets = np.arange(len(found) + 1, dtype=np.int32) * found.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(found.reshape(-1)))
+
+
+def column_from_bytes(values: list[bytes], feature: Feature, base64_images: bool = False) -> Column:
+    """Texts in UTF-8, or encoded images, to a column. Raises RequestError."""
+    if feature.kind == "image":
+        try:
+            return pa.array([base64.b64decode(v, validate=True) for v in values] if base64_images else values, pa.binary())
+        except ValueError:
+            raise RequestError(f"`{feature.name}` must be base64") from None
+    try:
+        return pa.array([v.decode() for v in values], pa.string())
+    except UnicodeDecodeError:
+        raise RequestError(f"`{feature.name}` must be UTF-8") from None
 
 
 def _parse(value: Any, feature: Feature, row: int) -> Any:

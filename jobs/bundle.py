@@ -5,7 +5,8 @@
     preprocess.json  the fitted preprocessing
     metrics.json     of the test split
     model.keras      weights and architecture
-    model.onnx       what the endpoint runs
+    model.onnx       … as ONNX Runtime runs it
+    model.tflite     … as LiteRT runs it, where the model converts
     model.sig        OpenSSF Model Signing over all of the above (EC P-256)
 
 Nothing of a bundle is parsed before its signature has been checked against a key that the reader already trusts; a byte

@@ -1,36 +1,72 @@
-"""The engine: a trained model as ONNX Runtime runs it, from raw features to outputs.
+"""The engine: a trained model as a runtime runs it, from raw features to outputs.
 
 Evaluation and the endpoint use this same code, so a metric in the report is a metric of what answers.
 
-ONNX Runtime 1.29 and later report names, shapes and hashes of the models that they load to their maker unless
-ORT_DISABLE_TELEMETRY is set when they are imported: here it is, before that can happen.
+    onnx        model.onnx in ONNX Runtime
+    litert      model.tflite in LiteRT (where the model converts)
+    tensorflow  model.keras as one concrete function
+    keras       model.keras, as Keras calls it
+
+Neither of the first two needs TensorFlow in the process. ONNX Runtime 1.29 and later report names, shapes and hashes of the
+models that they load to their maker unless ORT_DISABLE_TELEMETRY is set when they are imported: here it is, before that
+can happen.
 """
 
+import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from ..cluster.storage import read_json
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Columns, Schema, as_fed
+from ..errors import BundleError
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+log = logging.getLogger("heliograph")
+Kind = Literal["onnx", "litert", "tensorflow", "keras"]
+Forward = Callable[[dict[str, np.ndarray]], np.ndarray]
+TOLERANCE = 1e-4
+"""How far an engine's outputs may be from ONNX Runtime's, of their largest."""
+MOST_PADDED = 1024
+"""Rows of a call of an engine that is built anew for each size."""
 
 
 class Engine:
-    """folder: holds `model.onnx`, `schema.json` and `preprocess.json`."""
+    """models: a folder that holds the model's files. prepared: one with `schema.json` and `preprocess.json` (both are in a
+    bundle). Raises BundleError when the model is not there in the form that this kind needs."""
 
-    def __init__(self, model: Path, prepared: Path, threads: int | None = None):
-        import onnxruntime as ort
-
+    def __init__(self, models: Path, prepared: Path, threads: int | None = None, kind: Kind = "onnx"):
+        self.kind = kind
         self.schema = Schema.read(prepared)
         self.preprocessing = Preprocessing.model_validate(read_json(prepared / "preprocess.json"))
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(model.read_bytes(), options, providers=ort.get_available_providers())
-        self._names = [i.name for i in self._session.get_inputs()]
+        file = models / FILES[kind]
+        if not file.is_file():
+            raise BundleError(f"{models}: holds no {file.name}, which the engine `{kind}` needs")
+        opens = {"onnx": _onnx, "litert": _litert, "tensorflow": _tensorflow, "keras": _keras}
+        self._forward = opens[kind](file, threads or os.cpu_count() or 1, self.schema)
+
+    @classmethod
+    def fastest(cls, bundle: Path, threads: int, kind: Kind | Literal["auto"] = "auto") -> "Engine":
+        """The engine of a kind; `auto`: whichever of ONNX Runtime and LiteRT answers one row sooner, if both agree."""
+        if kind != "auto":
+            return cls(bundle, bundle, threads, kind)
+        reference = cls(bundle, bundle, threads)
+        if not (bundle / FILES["litert"]).is_file():
+            return reference
+        other = cls(bundle, bundle, threads, "litert")
+        sample = reference.zeros(32, random=True)
+        expected, found = reference.forward(sample), other.forward(sample)
+        gap = float(np.abs(expected - found).max() / max(1.0, np.abs(expected).max()))
+        seconds = {engine: engine.measure() for engine in (reference, other)}
+        chosen = other if gap <= TOLERANCE and seconds[other] < seconds[reference] else reference
+        told = ", ".join(f"{e.kind} {1e6 * s:.0f} µs" for e, s in seconds.items())
+        log.info("engine %s: %s a row; they differ by %.1e", chosen.kind, told, gap)
+        return chosen
 
     def predict(self, features: Columns) -> np.ndarray:
         """Features by name, as the schema's kinds have them, to outputs `[rows, schema.outputs]`."""
@@ -38,7 +74,129 @@ class Engine:
 
     def forward(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """The model's inputs by name (after preprocessing), to its outputs."""
-        inputs = {name: as_fed(values) for name, values in inputs.items()}
-        if len(inputs) == 1:
-            inputs = {self._names[0]: next(iter(inputs.values()))}
-        return np.asarray(self._session.run(None, {name: inputs[name] for name in self._names})[0])
+        return self._forward({name: as_fed(values) for name, values in inputs.items()})
+
+    def zeros(self, rows: int, random: bool = False) -> dict[str, np.ndarray]:
+        """Inputs of the right shapes."""
+        draw = np.random.default_rng(0)
+        return {
+            name: draw.normal(size=(rows, *shape)).astype(np.float32) if random and name not in self.schema.ids
+            else np.zeros((rows, *shape), np.float32)
+            for name, shape in self.schema.inputs.items()
+        }  # fmt: skip
+
+    def measure(self, rows: int = 1, calls: int = 30) -> float:
+        """The median seconds of a call."""
+        inputs, times = self.zeros(rows), []
+        for _ in range(calls):
+            began = time.perf_counter()
+            self.forward(inputs)
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+
+FILES = {"onnx": "model.onnx", "litert": "model.tflite", "tensorflow": "model.keras", "keras": "model.keras"}
+
+
+def _onnx(file: Path, threads: int, schema: Schema) -> Forward:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a replica that waits leaves its core to others
+    session = ort.InferenceSession(file.read_bytes(), options, providers=ort.get_available_providers())
+    names = [i.name for i in session.get_inputs()]
+
+    def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        fed = {names[0]: next(iter(inputs.values()))} if len(inputs) == 1 else {name: inputs[name] for name in names}
+        return np.asarray(session.run(None, fed)[0])
+
+    return forward
+
+
+def _litert(file: Path, threads: int, schema: Schema) -> Forward:
+    from ai_edge_litert.interpreter import Interpreter
+
+    content = file.read_bytes()
+    names = sorted(schema.inputs)
+    ready: dict[int, Any] = {}
+
+    def interpreter(rows: int) -> Any:
+        """Memory is laid out for one size: so there is one for each power of two."""
+        if rows not in ready:
+            found = Interpreter(model_content=content, num_threads=threads)
+            details = found.get_input_details()
+            order = [0] if len(names) == 1 else [next(i for i, d in enumerate(details) if _means(d["name"], n)) for n in names]
+            for i, name in zip(order, names, strict=True):
+                found.resize_tensor_input(details[i]["index"], [rows, *schema.inputs[name]])
+            found.allocate_tensors()
+            ready[rows] = found, [details[i]["index"] for i in order], found.get_output_details()[0]["index"]
+        return ready[rows]
+
+    def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        rows = len(next(iter(inputs.values())))
+        if rows > MOST_PADDED:
+            pieces = [{n: v[at : at + MOST_PADDED] for n, v in inputs.items()} for at in range(0, rows, MOST_PADDED)]
+            return np.concatenate([forward(piece) for piece in pieces])
+        size = padded(rows)
+        found, indices, output = interpreter(size)
+        for index, name in zip(indices, names, strict=True):
+            values = inputs[name]
+            if size != rows:
+                values = np.concatenate([values, np.zeros((size - rows, *values.shape[1:]), values.dtype)])
+            found.set_tensor(index, values)
+        found.invoke()
+        return found.get_tensor(output)[:rows]
+
+    return forward
+
+
+def _means(tensor: str, name: str) -> bool:
+    """Whether a converted model's tensor, such as `serving_default_image:0`, is the input of that name."""
+    return tensor.removeprefix("serving_default_").partition(":")[0] == name
+
+
+def _keras(file: Path, threads: int, schema: Schema) -> Forward:
+    model = _loaded(file)
+
+    def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(model(next(iter(inputs.values())) if len(inputs) == 1 else inputs, training=False))
+
+    return forward
+
+
+def _tensorflow(file: Path, threads: int, schema: Schema) -> Forward:
+    import tensorflow as tf
+
+    model = _loaded(file)
+    specs = {name: tf.TensorSpec([None, *shape], tf.float32) for name, shape in schema.inputs.items()}
+    alone = len(specs) == 1
+    function: Any = tf.function(
+        lambda inputs: model(next(iter(inputs.values())) if alone else inputs, training=False), autograph=False
+    )
+    concrete = function.get_concrete_function(specs)
+    order = list(concrete.structured_input_signature[0][0])
+
+    def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        rows = len(next(iter(inputs.values())))
+        size = padded(rows)  # a shape that was seen before finds its buffers again
+        full = {n: v if size == rows else np.resize(v, (size, *v.shape[1:])) for n, v in inputs.items()}
+        return np.asarray(concrete({n: tf.constant(full[n]) for n in order}))[:rows]
+
+    return forward
+
+
+def _loaded(file: Path) -> Any:
+    import keras
+
+    try:
+        return keras.saving.load_model(file, compile=False)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise BundleError(f"{file}: Keras cannot load it alone ({text[:160]}): serve it with the engine `onnx`") from None
+
+
+def padded(rows: int) -> int:
+    """The next power of two."""
+    return 1 << (rows - 1).bit_length()

@@ -41,7 +41,7 @@ def evaluate(prepared: Path, trained: Path, keys: KeyStore | None, folder: Path,
 
 @functools.lru_cache(maxsize=1)
 def _engine(trained: Path, prepared: Path) -> Engine:
-    return Engine(trained / "model.onnx", prepared, threads=1)
+    return Engine(trained, prepared, threads=1)
 
 
 def _predict(batch: dict[str, Any], files: list[Path], prepared: Path, trained: Path, keys: KeyStore | None) -> dict[str, Any]:

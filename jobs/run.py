@@ -15,8 +15,10 @@ from ..datasets.sources import open_source
 from ..project import Project
 from .bundle import make
 from .display import Display
+from .engine import FILES
 from .evaluate import evaluate
 from .prepare import prepare
+from .registry import Registry
 from .stages import Run, Stage
 from .train import Job, train
 
@@ -24,6 +26,11 @@ from .train import Job, train
 def key_store(project: Project, base: Path, folder: Path) -> KeyStore:
     """The run's key store: `keys` of the project file, relative to it, or `keys` in the run's folder."""
     return KeyStore((base / Path(project.keys).expanduser()).resolve() if project.keys else folder / "keys")
+
+
+def registry(project: Project, base: Path) -> Registry:
+    """The project's registry: `registry` of the project file, relative to it."""
+    return Registry((base / Path(project.registry).expanduser()).resolve())
 
 
 @contextmanager
@@ -64,8 +71,10 @@ def rotate_keys(project: Project, base: Path, folder: Path, retire: bool) -> str
     return f"{keys.folder}: {DATA_KEY}-{version} now wraps the keys of {count} shards; {older}"
 
 
-def execute(project: Project, base: Path, run: Run) -> None:
-    """Do what is not done yet of: prepare, train, evaluate, bundle. Raises the HeliographError of the stage that fails."""
+def execute(project: Project, base: Path, run: Run) -> int:
+    """Do what is not done yet of: prepare, train, evaluate, bundle. The version that the bundle has in the registry.
+
+    Raises the HeliographError of the stage that fails."""
     keys = key_store(project, base, run.folder)
     sealing = keys if project.data.encrypt else None
     update = run.display.update
@@ -81,7 +90,7 @@ def execute(project: Project, base: Path, run: Run) -> None:
 
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
-        parts += [run["train"] / "model.keras", run["train"] / "model.onnx"]
+        parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
         lineage = {"source": project.data.source, "stages": {n: run.fingerprints[n] for n in ("prepare", "train", "evaluate")}}
         make(folder, project.name, lineage, parts, keys)
 
@@ -101,6 +110,7 @@ def execute(project: Project, base: Path, run: Run) -> None:
         Stage("bundle", ("prepare", "train", "evaluate"), {"name": project.name}, do_bundle),
     ):
         run.execute(stage)
+    return registry(project, base).add(project.name, run["bundle"])
 
 
 def _code(base: Path) -> str:

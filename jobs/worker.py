@@ -422,7 +422,8 @@ def _multi_worker() -> Any:
 
 
 def export(model: Any, rows: Part, job: Job) -> float:
-    """Save `model.keras` and `model.onnx`; the largest difference between the two on real rows.
+    """Save `model.keras`, `model.onnx` and, where the model converts, `model.tflite`; the largest difference of the first
+    two on real rows.
 
     It is done here because TensorFlow is loaded here: its import takes longer than the export.
     """
@@ -434,7 +435,12 @@ def export(model: Any, rows: Part, job: Job) -> float:
     columns = rows.read_window(0, 1)
     inputs = {name: columns[name][:EXPORT_ROWS] for name in Schema.read(job.prepared).inputs}
     own = np.asarray(model(fed({name: on_device(values) for name, values in inputs.items()})))
-    gap = float(np.abs(own - Engine(job.folder / "model.onnx", job.prepared).forward(inputs)).max())
+    gap = float(np.abs(own - Engine(job.folder, job.prepared).forward(inputs)).max())
     if gap > EXPORT_GAP * max(1.0, float(np.abs(own).max())):
         raise ModelError(f"model.onnx answers differently from the Keras model, by {gap:.2g}")
+    try:
+        model.export(job.folder / "model.tflite", format="litert", verbose=False)
+    except Exception as error:  # operations that LiteRT does not have: ONNX Runtime serves such a model
+        (job.folder / "model.tflite").unlink(missing_ok=True)
+        logging.getLogger("heliograph").info("no model.tflite: %s", (str(error).splitlines() or [type(error).__name__])[0])
     return gap

@@ -1,16 +1,28 @@
 """The client: raw rows in, predictions out, sealed on the way. It needs neither Ray nor TensorFlow.
 
-with heliograph.Client("http://127.0.0.1:8000", "digits") as client:
-    client.predict([image])
+    with heliograph.Client("http://127.0.0.1:8000", "digits") as client:
+        client.predict([image])
+
+`AsyncClient` is the same with `async with` and `await`. What they do is written once, as generators that yield requests and
+are sent answers; the two classes differ in who waits.
+
+A request that found nobody, or an endpoint that has too much to do (503), is sent again, after a pause that doubles; a
+prediction changes nothing, so that is safe. A budget (a tenth of a retry for each request, ten at most) keeps clients from
+burying an endpoint that is down under repetitions.
 """
 
+import asyncio
 import base64
 import json
 import os
+import random
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -18,29 +30,142 @@ from ..errors import CapsuleError, EndpointError, RequestError, SignatureError
 from . import bhttp, ohttp
 
 JSON = "application/json"
+ARROW = "application/vnd.apache.arrow.stream"
+TRY_AGAIN = (502, 503, 504)
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
+"""Seconds."""
+EARNED, MOST_SAVED = 0.1, 10.0
+"""Retries that a request earns, and that can be saved up."""
 
 
-class Client:
-    """A connection to one model.
+@dataclass
+class _Asked:
+    method: str
+    path: str
+    body: bytes = b""
+    type: str = JSON
 
-    url: of the endpoint, such as `http://127.0.0.1:8000`. encrypt: send encapsulated requests (RFC 9458).
-    trust: the file of the public key that the endpoint's key configuration must be signed by for this model's name;
-    without it the first configuration that arrives is believed. timeout: seconds, for each request.
-    """
+
+@dataclass
+class _Answered:
+    status: int
+    body: bytes
+    headers: Any = field(default_factory=dict)
+
+    @property
+    def type(self) -> str:
+        return self.headers.get("content-type", "")
+
+
+Steps = Generator[_Asked, Any, Any]
+
+
+class _Talk:
+    """What client and endpoint say to each other."""
 
     def __init__(
         self,
         url: str,
         model: str,
         *,
+        version: int | None = None,
         encrypt: bool = True,
         trust: Path | str | None = None,
         timeout: float = 30.0,
+        retries: int = 5,
     ):
         self.url, self.model, self.encrypt = url.rstrip("/"), model, encrypt
+        self._base = f"/v1/models/{quote(model, safe='')}"
+        self._place = self._base + (f"/versions/{version}" if version is not None else "")
         self._trust = Path(trust) if trust else None
-        self._http = httpx.Client(timeout=timeout)
+        self._timeout, self._retries, self._saved = timeout, retries, MOST_SAVED
         self._config: ohttp.KeyConfig | None = None
+
+    def _predict(self, rows: Any) -> Steps:
+        body = json.dumps({"instances": _plain(rows)}, allow_nan=False).encode()
+        answer = yield from self._infer(body, JSON)
+        return _opened(answer)["predictions"]
+
+    def _predict_table(self, table: Any) -> Steps:
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        answer = yield from self._infer(sink.getvalue().to_pybytes(), ARROW)
+        if answer.status != 200:
+            _opened(answer)
+        return pa.ipc.open_stream(answer.body).read_all()
+
+    def _schema(self) -> Steps:
+        answer = yield _Asked("GET", f"{self._place}/metadata")
+        return _opened(answer)["metadata"]["schema"]
+
+    def _infer(self, body: bytes, kind: str) -> Steps:
+        """Send one request; sealed, a key that the endpoint no longer has is fetched anew, once."""
+        path = f"{self._place}:predict"
+        if not self.encrypt:
+            return (yield _Asked("POST", path, body, kind))
+        scheme, authority = urlsplit(self.url)[:2]
+        fields = [(b"content-type", kind.encode())]
+        message = bhttp.encode_request(bhttp.Request(b"POST", scheme.encode(), authority.encode(), path.encode(), fields, body))
+        for fresh in (False, True):
+            config = self._config if self._config and not fresh else (yield from self._fetch_config())
+            self._config = config
+            capsule, open_answer = ohttp.seal_request(message, config)
+            answer = yield _Asked("POST", path, capsule, ohttp.REQUEST_TYPE)
+            if answer.type == ohttp.RESPONSE_TYPE:
+                inner = bhttp.decode_response(open_answer(answer.body))
+                return _Answered(inner.status, inner.content, {k.decode("latin-1"): v.decode("latin-1") for k, v in inner.fields})
+            if b"#ohttp-key" not in answer.body:
+                return answer
+        raise CapsuleError("the endpoint cannot open requests sealed with the key that it publishes")
+
+    def _fetch_config(self) -> Steps:
+        answer = yield _Asked("GET", f"{self._base}/ohttp-keys")
+        if answer.status != 200:
+            _opened(answer)
+        if self._trust:
+            check_signature(self._trust, self.model, answer.body, answer.headers.get(ohttp.SIGNATURE_HEADER, ""))
+        return ohttp.decode_configs(answer.body)[0]
+
+    def _pause(self, tried: int, found: httpx.Response | Exception) -> float | None:
+        """Seconds to wait before the request is sent again; None where what was found stands."""
+        if isinstance(found, httpx.Response):
+            if found.status_code not in TRY_AGAIN:
+                self._saved = min(MOST_SAVED, self._saved + EARNED)
+                return None
+        elif not isinstance(found, httpx.TransportError) or isinstance(found, httpx.UnsupportedProtocol):
+            return None
+        if tried >= self._retries or self._saved < 1:
+            return None
+        self._saved -= 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1.0)
+        if isinstance(found, httpx.Response):
+            asked = found.headers.get("retry-after", "")
+            pause = max(pause, min(LONGEST_PAUSE, float(asked) if asked.isdigit() else 0.0))
+        return pause
+
+    def _unreached(self, error: Exception) -> EndpointError:
+        return EndpointError(f"{self.url}: cannot be reached ({error or type(error).__name__}): is the endpoint running?")
+
+
+def _send(asked: _Asked, url: str) -> dict[str, Any]:
+    return {"method": asked.method, "url": url + asked.path, "content": asked.body, "headers": {"content-type": asked.type}}
+
+
+class Client(_Talk):
+    """A connection to one model.
+
+    url: of the endpoint, such as `http://127.0.0.1:8000`. version: of the model; without it the one in production answers.
+    encrypt: send encapsulated requests (RFC 9458). trust: the file of the public key that the endpoint's key configuration
+    must be signed by for this model's name; without it the first configuration that arrives is believed. timeout: seconds,
+    for each try. retries: of a request, at most.
+    """
+
+    def __init__(self, url: str, model: str, **options: Any):
+        super().__init__(url, model, **options)
+        self._http = httpx.Client(timeout=self._timeout)
 
     def __enter__(self) -> "Client":
         return self
@@ -58,49 +183,90 @@ class Client:
         the model has one feature. Raises RequestError when the endpoint refuses the rows, EndpointError when it cannot
         be reached, CapsuleError when an answer cannot be opened.
         """
-        body = json.dumps({"instances": _plain(rows)}, allow_nan=False).encode()
-        path = f"/v1/models/{self.model}:predict"
-        status, content = self._sealed(path, body) if self.encrypt else self._send("POST", path, body, JSON)
-        return _opened(status, content)["predictions"]
+        return self._run(self._predict(rows))
+
+    def predict_table(self, table: Any) -> Any:
+        """The same for many rows: a pyarrow table with a column a feature, to one with `prediction` and, of a
+        classification, `probabilities`; no more than 16 MiB at once."""
+        return self._run(self._predict_table(table))
 
     def schema(self) -> dict[str, Any]:
         """The model's schema: `features`, `classes`, `task`."""
-        return _opened(*self._send("GET", f"/v1/models/{self.model}/metadata"))["metadata"]["schema"]
+        return self._run(self._schema())
 
-    def _sealed(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Send one encapsulated request; a key that the endpoint no longer has is fetched anew, once."""
-        scheme, authority = urlsplit(self.url)[:2]
-        fields = [(b"content-type", JSON.encode())]
-        message = bhttp.encode_request(bhttp.Request(b"POST", scheme.encode(), authority.encode(), path.encode(), fields, body))
-        for fresh in (False, True):
-            if self._config is None or fresh:
-                self._config = self._fetch_config()
-            capsule, open_answer = ohttp.seal_request(message, self._config)
-            answer = self._request("POST", path, capsule, ohttp.REQUEST_TYPE)
-            if answer.headers.get("content-type") == ohttp.RESPONSE_TYPE:
-                inner = bhttp.decode_response(open_answer(answer.content))
-                return inner.status, inner.content
-            if b"#ohttp-key" not in answer.content:
-                return answer.status_code, answer.content
-        raise CapsuleError("the endpoint cannot open requests sealed with the key that it publishes")
-
-    def _fetch_config(self) -> ohttp.KeyConfig:
-        answer = self._request("GET", f"/v1/models/{self.model}/ohttp-keys")
-        if answer.status_code != 200:
-            _opened(answer.status_code, answer.content)
-        if self._trust:
-            check_signature(self._trust, self.model, answer.content, answer.headers.get(ohttp.SIGNATURE_HEADER, ""))
-        return ohttp.decode_configs(answer.content)[0]
-
-    def _send(self, method: str, path: str, body: bytes = b"", content_type: str = JSON) -> tuple[int, bytes]:
-        answer = self._request(method, path, body, content_type)
-        return answer.status_code, answer.content
-
-    def _request(self, method: str, path: str, body: bytes = b"", content_type: str = JSON) -> httpx.Response:
+    def _run(self, steps: Steps) -> Any:
         try:
-            return self._http.request(method, self.url + path, content=body, headers={"content-type": content_type})
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise EndpointError(f"{self.url}: cannot be reached ({error}): is the endpoint running?") from None
+            asked = next(steps)
+            while True:
+                asked = steps.send(self._request(asked))
+        except StopIteration as end:
+            return end.value
+
+    def _request(self, asked: _Asked) -> _Answered:
+        tried = 0
+        while True:
+            try:
+                found: Any = self._http.request(**_send(asked, self.url))
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                found = error
+            pause = self._pause(tried, found)
+            if pause is None:
+                break
+            time.sleep(pause)
+            tried += 1
+        if isinstance(found, Exception):
+            raise self._unreached(found) from None
+        return _Answered(found.status_code, found.content, found.headers)
+
+
+class AsyncClient(_Talk):
+    """`Client` with `async with` and `await`; many requests may be under way at once."""
+
+    def __init__(self, url: str, model: str, **options: Any):
+        super().__init__(url, model, **options)
+        self._http = httpx.AsyncClient(timeout=self._timeout)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def predict(self, rows: Any) -> list[Any]:
+        return await self._run(self._predict(rows))
+
+    async def predict_table(self, table: Any) -> Any:
+        return await self._run(self._predict_table(table))
+
+    async def schema(self) -> dict[str, Any]:
+        return await self._run(self._schema())
+
+    async def _run(self, steps: Steps) -> Any:
+        try:
+            asked = next(steps)
+            while True:
+                asked = steps.send(await self._request(asked))
+        except StopIteration as end:
+            return end.value
+
+    async def _request(self, asked: _Asked) -> _Answered:
+        tried = 0
+        while True:
+            try:
+                found: Any = await self._http.request(**_send(asked, self.url))
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                found = error
+            pause = self._pause(tried, found)
+            if pause is None:
+                break
+            await asyncio.sleep(pause)
+            tried += 1
+        if isinstance(found, Exception):
+            raise self._unreached(found) from None
+        return _Answered(found.status_code, found.content, found.headers)
 
 
 def read_rows(file: Path) -> list[Any]:
@@ -153,12 +319,13 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _opened(status: int, content: bytes) -> Any:
+def _opened(answer: _Answered) -> Any:
+    """The JSON object of an answer. Raises RequestError with the endpoint's reason."""
     try:
-        value = json.loads(content)
+        value = json.loads(answer.body)
     except ValueError:
         value = {}
-    if status == 200 and isinstance(value, dict):
+    if answer.status == 200 and isinstance(value, dict):
         return value
     reason = value.get("error") or value.get("title") if isinstance(value, dict) else None
-    raise RequestError(f"the endpoint refused the request ({status}): {reason or 'no reason given'}", status)
+    raise RequestError(f"the endpoint refused the request ({answer.status}): {reason or 'no reason given'}", answer.status)

@@ -1,85 +1,104 @@
-"""The endpoint: a bundle behind HTTP, on Ray Serve in HAProxy mode.
+"""The endpoint: a registry of models behind HTTP, on Ray Serve in HAProxy mode.
 
 HAProxy hands each connection to a replica's own HTTP port, so an encapsulated request is opened in the process that runs
-the model and nowhere before it. A replica is told where the bundle and the key store are; it checks the signature and
-reads the private key itself, so neither travels through Ray.
+the model and nowhere before it. A replica is told where the registry and the key store are; it checks signatures and reads
+private keys itself, so neither travels through Ray.
 """
 
-import base64
+import asyncio
 import importlib
+import logging
+import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..cluster.keys import KeyStore
 from ..cluster.runtime import LOOPBACK, LocalCluster, quieten
-from ..errors import PortInUse, RequestError
-from ..jobs import bundle
-from ..jobs.engine import Engine
+from ..errors import EndpointError, PortInUse
+from ..jobs.registry import Registry
 from ..project import Serve
-from . import ohttp
-from .client import signed_text
-from .protocol import MAX_BODY, Application
+from .application import Application
+from .front import Front
+from .metrics import PUSH_SECONDS, TALLY, Stats, Tally
+from .models import FOLLOW_SECONDS, Door, Models
+from .rollout import Judge
 
-KEY_ID = 1
+log = logging.getLogger("heliograph")
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What to serve; folders only, no keys."""
+    """What to serve; folders only, no keys. log: a file that gets a JSON line for each request."""
 
     name: str
-    bundle: Path
+    """Of the model that the endpoint is started for; it answers for all others of the registry too."""
+    registry: Registry
     keys: KeyStore
     options: Serve
+    log: Path | None = None
 
     @property
     def url(self) -> str:
         return f"http://{self.options.host}:{self.options.port}"
 
-
-def open_application(endpoint: Endpoint) -> Application:
-    """Verify the bundle, load the model and the private key. Raises SignatureError, BundleError, KeyStoreError."""
-    bundle.verify(endpoint.bundle, endpoint.keys.public_key())
-    private = endpoint.keys.secret(hpke_key(endpoint.name))
-    configs = ohttp.encode_configs([ohttp.KeyConfig(KEY_ID, ohttp.public_key(private))])
-    return Application(
-        name=endpoint.name,
-        engine=Engine(endpoint.bundle / "model.onnx", endpoint.bundle),
-        gateway=ohttp.Gateway({KEY_ID: private}),
-        key_configs=configs,
-        key_signature=_sign(endpoint.keys, signed_text(endpoint.name, configs)),
-        encrypted=endpoint.options.encrypted,
-    )
+    def models(self, stats: Stats) -> Models:
+        threads = max(1, (os.cpu_count() or 1) // self.options.most_replicas)
+        return Models(self.registry, self.keys, self.options, threads, stats)
 
 
-def hpke_key(name: str) -> str:
-    """The key store's id of the key that opens requests for the model `name`."""
-    return f"{name}-hpke-{KEY_ID}"
+def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] = lambda line: None) -> str:
+    """Serve until the cluster stops; returns the URL. say: told what becomes of rollouts.
 
-
-def start(endpoint: Endpoint, cluster: LocalCluster) -> str:
-    """Serve until the cluster stops; returns the URL. Raises PortInUse, and what `open_application` raises, before Ray starts."""
+    Raises PortInUse, and before Ray starts what loading the model raises: SignatureError, BundleError, KeyStoreError,
+    RegistryError.
+    """
     check_port(endpoint.options)
-    endpoint.keys.secret(hpke_key(endpoint.name), create=True)
-    open_application(endpoint)
+    Door(endpoint.name, endpoint.keys)
+    version = endpoint.registry.resolve(endpoint.name)
+    endpoint.models(Stats()).open((endpoint.name, version)).batcher.close()
     cluster.start()
+    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     quieten()
-    serve.start(http_options=HTTPOptions(host=endpoint.options.host, port=endpoint.options.port))
-    replica: Any = serve.deployment(
-        _Replica,
-        name=endpoint.name,
-        num_replicas=endpoint.options.replicas,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=5,
-        logging_config={"enable_access_log": False, "log_level": "ERROR"},
-    )
+    options = endpoint.options
+    tally = ray.remote(Tally).options(name=TALLY, num_cpus=0, max_restarts=-1, get_if_exists=True).remote()
+    serve.start(http_options=HTTPOptions(host=options.host, port=options.port))
+    settings: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.gpus},
+        "max_ongoing_requests": 1_000_000,  # the replica refuses what it cannot answer in time, by what it measures
+        "graceful_shutdown_timeout_s": 20,
+        "health_check_period_s": 2,
+        "logging_config": {"enable_access_log": False, "log_level": "ERROR"},
+        **_scaling(options),
+    }
+    if options.per_node:
+        settings["max_replicas_per_node"] = options.per_node
+    replica: Any = serve.deployment(Replica, name=endpoint.name, **settings)
     serve.run(replica.bind(endpoint), name=endpoint.name, route_prefix="/")
+    Judge(endpoint.registry, tally, say).start()
     return endpoint.url
+
+
+def _scaling(options: Serve) -> dict[str, Any]:
+    if isinstance(options.replicas, int):
+        return {"num_replicas": options.replicas}
+    wanted = options.replicas
+    return {
+        "autoscaling_config": {
+            "min_replicas": wanted.min,
+            "max_replicas": wanted.max,
+            "target_ongoing_requests": wanted.target,
+            "upscale_delay_s": wanted.up_seconds,
+            "downscale_delay_s": wanted.down_seconds,
+            "look_back_period_s": max(2.0, wanted.up_seconds),
+            "metrics_interval_s": 1.0,
+        }
+    }
 
 
 def check_port(options: Serve) -> None:
@@ -94,22 +113,51 @@ def check_port(options: Serve) -> None:
             ) from None
 
 
-class _Replica:
-    """Ray Serve's side of an Application: a request's bytes in, an answer's bytes out."""
+class Replica:
+    """Ray Serve's side of a `Front`."""
 
-    def __init__(self, endpoint: Endpoint):
+    async def __init__(self, endpoint: Endpoint):
+        import ray
+        from ray import serve
+
         _keep_on_loopback()
-        self._application = open_application(endpoint)
+        self._stats = Stats()
+        self._models = endpoint.models(self._stats)
+        await self._models.follow()
+        if not self._models.ready:
+            raise EndpointError(f"no model can be loaded: {'; '.join(self._stats.failures.values()) or 'the registry is empty'}")
+        self._tally: Any = ray.get_actor(TALLY)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        application = Application(self._models, endpoint.options.encrypted == "required", self._total)
+        self._front = Front(application, self._stats, endpoint.options.latency_ms / 1000, endpoint.log)
+        self._front.take_over()
+        self._tasks = [asyncio.create_task(work()) for work in (self._follow, self._push)]
 
-    async def __call__(self, request):
+    async def __call__(self, request: Any) -> Any:
+        """A request that came through Serve's own proxy, as those do that wake an endpoint without replicas."""
         from starlette.responses import Response
 
-        try:
-            body = await _read(request)
-        except RequestError as error:
-            return Response(f'{{"error": "{error}"}}', error.status, media_type="application/json")
-        answer = self._application.answer(request.method, request.url.path, request.headers.get("content-type", ""), body)
+        headers = {name.lower(): value for name, value in request.headers.raw}
+        answer = await self._front.respond(request.method, request.url.path, headers, request.receive)
         return Response(answer.body, answer.status, answer.headers, answer.type)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                await self._models.follow()
+            except Exception:
+                log.exception("the registry cannot be followed")
+
+    async def _push(self) -> None:
+        while True:
+            await asyncio.sleep(PUSH_SECONDS)
+            self._front.write_log()
+            self._tally.push.remote(self._id, self._stats)
+
+    async def _total(self) -> Stats:
+        await self._tally.push.remote(self._id, self._stats)
+        return await self._tally.read.remote()
 
 
 def _keep_on_loopback() -> None:
@@ -119,22 +167,3 @@ def _keep_on_loopback() -> None:
 
     bind = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", LOOPBACK))
-
-
-async def _read(request) -> bytes:
-    """The body, or RequestError 413 as soon as it is known to be too large."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise RequestError(f"the body is larger than {MAX_BODY >> 20} MiB", 413)
-    return bytes(body)
-
-
-def _sign(keys: KeyStore, text: bytes) -> str:
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private = serialization.load_pem_private_key(keys.signing_key().read_bytes(), None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
-    return base64.b64encode(private.sign(text, ec.ECDSA(hashes.SHA256()))).decode()

@@ -1,5 +1,6 @@
 """The end of a run: its bundle behind real HTTP, one row of the test split sealed, sent, answered and opened."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..datasets import shards
 from ..datasets.schema import Columns, Schema, to_instances, to_numpy
 from ..datasets.shards import TARGET, Manifest
 from ..jobs.engine import Engine
+from ..jobs.registry import Registry
 from ..jobs.run import key_store
 from ..jobs.stages import Run, Stage
 from ..project import Project
@@ -22,9 +24,11 @@ from .endpoint import Endpoint, check_port, start
 def execute(project: Project, base: Path, run: Run) -> None:
     """The stage `predict`: writes `request.json`, with the endpoint's answer, the local model's and the truth."""
     keys = key_store(project, base, run.folder)
-    endpoint = Endpoint(project.name, run["bundle"], keys, project.serve)
 
     def work(folder: Path) -> None:
+        models = Registry(folder / "registry")  # of this bundle alone, whatever the project's holds
+        models.add(project.name, run["bundle"])
+        endpoint = Endpoint(project.name, models, keys, project.serve)
         run.display.update(f"starting the endpoint on {endpoint.url}")
         columns, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
         row = to_instances(columns, schema)
@@ -33,13 +37,14 @@ def execute(project: Project, base: Path, run: Run) -> None:
             started = time.monotonic()
             answer = np.asarray(client.predict(row)[0])
             seconds = time.monotonic() - started
-        own = Engine(run["bundle"] / "model.onnx", run["bundle"]).predict(columns)[0]
+        own = Engine(run["bundle"], run["bundle"]).predict(columns)[0]
         seen: dict[str, Any] = {"prediction": float(answer), "truth": float(truth)} if not schema.classes else {
             "prediction": schema.classes[int(answer.argmax())],
             "probability": float(answer.max()),
             "truth": schema.classes[int(truth)],
         }  # fmt: skip
         gap = float(np.abs(answer - own).max())
+        shutil.rmtree(models.folder)
         write_json(folder / "request.json", {**seen, "gap_to_local_model": gap, "seconds": round(seconds, 4), "inputs": row[0]})
 
     run.execute(Stage("predict", ("bundle",), project.serve.model_dump(), work))

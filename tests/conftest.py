@@ -119,7 +119,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits example, run to its end by the command line: the project's folder."""
     folder = tmp_path_factory.mktemp("digits") / "digits"
-    shutil.copytree(ROOT / "examples" / "digits", folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    shutil.copytree(ROOT / "examples" / "digits", folder, ignore=shutil.ignore_patterns("runs", "registry", "__pycache__"))
     set_port(folder, free_port())
     running = Command(tmp_path_factory.mktemp("temp"), "run", folder)
     code, output = running.finish()

@@ -247,7 +247,7 @@ def test_numbers_words_and_images_are_inputs_of_one_model(cluster, tmp_path):
     train(job, lambda *_: None, lambda _: None)
     assert result(job.folder)["onnx_gap"] < 1e-4
     assert read_lines(job.folder / METRICS)[-1]["val_accuracy"] > 0.9
-    engine = Engine(job.folder / "model.onnx", prepared)
+    engine = Engine(job.folder, prepared)
     with (tmp_path / "1.png").open("rb") as photo:
         asked = {"size": 0.1, "note": "a red one", "file": {"b64": base64.b64encode(photo.read()).decode()}}
     answer = engine.predict(parse_instances([asked], engine.schema))[0]

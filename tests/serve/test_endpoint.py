@@ -16,17 +16,21 @@ from heliograph.cluster.keys import KeyStore
 from heliograph.cluster.runtime import free_port
 from heliograph.errors import PortInUse, RequestError, SignatureError
 from heliograph.jobs.engine import Engine
+from heliograph.jobs.registry import Registry
 from heliograph.project import Serve
 from heliograph.serve import bhttp, ohttp
-from heliograph.serve.endpoint import Endpoint, check_port, open_application, start
+from heliograph.serve.endpoint import Endpoint, check_port, start
+from heliograph.serve.models import Door
 
 PREDICT = "/v1/models/digits:predict"
 
 
 @pytest.fixture(scope="module")
-def endpoint(digits) -> Endpoint:
+def endpoint(digits, tmp_path_factory) -> Endpoint:
     run = digits / "runs" / "default"
-    return Endpoint("digits", run / "bundle", KeyStore(run / "keys"), Serve(port=free_port()))
+    models = Registry(tmp_path_factory.mktemp("registry"))
+    models.add("digits", run / "bundle")
+    return Endpoint("digits", models, KeyStore(run / "keys"), Serve(port=free_port()))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,8 @@ def images() -> np.ndarray:
 
 
 def test_sealed_and_plain_answers_equal_the_local_model(url, endpoint, images):
-    own = Engine(endpoint.bundle / "model.onnx", endpoint.bundle).predict({"image": images.astype("f4")})
+    bundle = endpoint.registry.bundle("digits", 1)
+    own = Engine(bundle, bundle).predict({"image": images.astype("f4")})
     for encrypt in (True, False):
         with Client(url, "digits", encrypt=encrypt, trust=endpoint.keys.public_key()) as client:
             assert np.abs(np.asarray(client.predict(images)) - own).max() <= 1e-5
@@ -141,19 +146,10 @@ def test_keys_that_another_operator_signed_are_not_used(url, tmp_path, images):
 def test_a_key_configuration_is_bound_to_the_models_name(endpoint):
     from heliograph.serve.client import check_signature
 
-    application = open_application(endpoint)
-    check_signature(endpoint.keys.public_key(), "digits", application.key_configs, application.key_signature)
+    door = Door("digits", endpoint.keys)
+    check_signature(endpoint.keys.public_key(), "digits", door.configs, door.signature)
     with pytest.raises(SignatureError):
-        check_signature(endpoint.keys.public_key(), "other", application.key_configs, application.key_signature)
-
-
-def test_a_model_that_requires_sealed_requests_refuses_others(endpoint, images):
-    from dataclasses import replace
-
-    application = open_application(replace(endpoint, options=Serve(encrypted="required")))
-    answer = application.answer("POST", PREDICT, "application/json", b'{"instances": []}')
-    assert answer.status == 403
-    assert b"encapsulated requests only" in answer.body
+        check_signature(endpoint.keys.public_key(), "other", door.configs, door.signature)
 
 
 class Recorder:
@@ -227,14 +223,14 @@ def test_a_port_in_use_is_refused(endpoint, url):
 
 
 def test_a_bundle_with_a_changed_byte_is_not_served(endpoint, cluster, tmp_path):
-    import shutil
     from dataclasses import replace
 
-    changed = tmp_path / "bundle"
-    shutil.copytree(endpoint.bundle, changed)
-    content = bytearray((changed / "model.onnx").read_bytes())
+    changed = Registry(tmp_path)
+    changed.add("digits", endpoint.registry.bundle("digits", 1))
+    file = changed.bundle("digits", 1) / "model.onnx"
+    content = bytearray(file.read_bytes())
     content[1000] ^= 1
-    (changed / "model.onnx").write_bytes(content)
-    damaged = replace(endpoint, bundle=changed, options=Serve(port=free_port()))
+    file.write_bytes(content)
+    damaged = replace(endpoint, registry=changed, options=Serve(port=free_port()))
     with pytest.raises(SignatureError, match="was changed"):
         start(damaged, cluster)

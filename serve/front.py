@@ -1,0 +1,181 @@
+"""A replica's HTTP side: an ASGI application that Ray Serve's own port of the replica runs.
+
+Ray Serve wraps each request of a replica in some forty steps (its metadata, its tracing, its queue, Starlette's request and
+response), which take longer than a small model does. Here they are left out: the application takes the place of Serve's
+own behind Serve's HTTP server, counts what is in flight where Serve counts it, so that autoscaling and draining see it,
+and leaves Serve's health check to Serve. Measured in `bench/serve.py`.
+"""
+
+import asyncio
+import gzip
+import importlib
+import io
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..errors import Overloaded, RequestError
+from .application import Application, Seen, media_type
+from .messages import Answer, Request, error_answer, json_answer
+from .metrics import Stats
+from .oip import LENGTH_HEADER
+
+log = logging.getLogger("heliograph")
+MAX_BODY = 16 << 20
+SLOW_SECONDS = 10.0
+"""What a body may take on its way."""
+OVERHEAD_SECONDS = 1e-4
+"""Of a request, apart from reading it, running it and writing the answer."""
+FEWEST_IN_FLIGHT = 16
+
+
+class Front:
+    """latency: seconds that a request may take; more than can be answered within it are refused."""
+
+    def __init__(self, application: Application, stats: Stats, latency: float, access_log: Path | None):
+        self.application, self.stats, self.latency = application, stats, latency
+        self._cost = 0.001
+        """Seconds of this process that a request takes, on average."""
+        self._ids = itertools.count()
+        self._id = secrets.token_hex(6)
+        self._log = access_log
+        self._lines: list[dict[str, Any]] = []
+        self._count: Callable[[int], None] = lambda delta: None
+
+    async def respond(self, method: str, path: str, headers: dict[bytes, bytes], receive: Any) -> Answer:
+        """headers: by lower-case names. receive: ASGI's. Never raises for what a client can send."""
+        began = time.perf_counter()
+        seen = Seen()
+        stats = self.stats
+        stats.in_flight += 1
+        self._count(1)
+        try:
+            request = await self._read(method, path, headers, receive)
+            answer = await self.application.answer(request, seen)
+        except RequestError as error:
+            answer = error_answer(error)
+        except Exception:
+            log.exception("a request failed")
+            answer = json_answer(500, {"error": "the endpoint failed: its log says why"})
+        finally:
+            stats.in_flight -= 1
+            self._count(-1)
+        seconds = time.perf_counter() - began
+        if seen.busy:
+            self._cost += 0.02 * (OVERHEAD_SECONDS + seen.busy - self._cost)
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or f"{self._id}-{next(self._ids):x}"
+        answer.headers["x-request-id"] = request_id
+        stats.request(seen.model, seen.version, seen.protocol, str(answer.status), seconds)
+        if self._log:
+            line = {"time": time.time(), "id": request_id, "status": answer.status, "ms": round(1000 * seconds, 3)}
+            line |= {"protocol": seen.protocol, "model": seen.model, "version": seen.version, "rows": seen.rows}
+            self._lines.append(line)
+        return answer
+
+    def write_log(self) -> None:
+        """Append what was answered since, a JSON object a line; no input and no answer is in it."""
+        lines, self._lines = self._lines, []
+        if lines and self._log:
+            with self._log.open("ab") as file:
+                file.write(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+    async def _read(self, method: str, path: str, headers: dict[bytes, bytes], receive: Any) -> Request:
+        length = headers.get(b"content-length", b"0")
+        if method not in ("GET", "HEAD"):
+            self._admit()
+        if length.isdigit() and int(length) > MAX_BODY:
+            raise RequestError(f"the body is larger than {MAX_BODY >> 20} MiB", 413)
+        message = await receive()
+        body = message.get("body", b"")
+        if message.get("more_body"):
+            body = await self._rest(body, receive)
+        if encoding := headers.get(b"content-encoding"):
+            body = _inflated(body, encoding)
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        json_length = headers.get(LENGTH_HEADER.encode())
+        if json_length is not None and not (json_length.isdigit() and len(json_length) < 10):
+            raise RequestError(f"{LENGTH_HEADER} must be a number")
+        return Request(method, path, media_type(kind), body, None if json_length is None else int(json_length))
+
+    def _admit(self) -> None:
+        """Raises Overloaded where what is in flight will take longer than a request may."""
+        if self.stats.in_flight > max(FEWEST_IN_FLIGHT, self.latency / self._cost):
+            raise Overloaded
+
+    @staticmethod
+    async def _rest(first: bytes, receive: Any) -> bytes:
+        body = bytearray(first)
+        try:
+            async with asyncio.timeout(SLOW_SECONDS):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RequestError("the client left", 499)
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > MAX_BODY:
+                        raise RequestError(f"the body is larger than {MAX_BODY >> 20} MiB", 413)
+        except TimeoutError:
+            raise RequestError(f"the body took longer than {SLOW_SECONDS:g} s", 408) from None
+        return bytes(body)
+
+    def take_over(self) -> None:
+        """Stand before Ray Serve in this replica's HTTP server, which starts after the replica's constructor: as its
+        outermost middleware, so that what Serve wraps around its own application is passed by too."""
+        from starlette.middleware import Middleware
+
+        replica: Any = importlib.import_module("ray.serve._private.replica")
+        start = replica.start_asgi_http_server
+
+        def started(serve: Any, options: Any, **more: Any) -> Any:
+            self._count = _counter(serve.__self__._metrics_manager)
+            return start(serve, options.model_copy(update={"middlewares": [Middleware(self.before)]}), **more)
+
+        replica.start_asgi_http_server = started
+
+    def before(self, serve: Any) -> Any:
+        """The ASGI application that leaves Serve's health checks to `serve`, an ASGI application too."""
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http" or scope["path"].startswith("/-/"):
+                await serve(scope, receive, send)
+                return
+            answer = await self.respond(scope["method"], scope["path"], dict(scope["headers"]), receive)
+            headers = [
+                (b"content-type", answer.type.encode()),
+                (b"content-length", str(len(answer.body)).encode()),
+                *((name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()),
+            ]
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            await send({"type": "http.response.body", "body": answer.body})
+
+        return application
+
+
+def _counter(metrics: Any) -> Callable[[int], None]:
+    """Counts a request in flight where Serve's autoscaling and draining look."""
+    from ray.serve._private.common import RequestMetadata, RequestProtocol
+
+    counted = RequestMetadata("", "", _request_protocol=RequestProtocol.HTTP, is_direct_ingress=True)
+    return lambda delta: metrics._change_num_ongoing_requests(counted, delta)
+
+
+def _inflated(body: bytes, encoding: bytes) -> bytes:
+    if encoding.strip().lower() not in (b"gzip", b"identity"):
+        raise RequestError("the only content-encoding is gzip", 415)
+    if encoding.strip().lower() == b"identity":
+        return body
+    try:
+        found = gzip.GzipFile(fileobj=io.BytesIO(body)).read(MAX_BODY + 1)
+    except (OSError, EOFError, ValueError):
+        raise RequestError("the body is not gzip") from None
+    if len(found) > MAX_BODY:
+        raise RequestError(f"the body is larger than {MAX_BODY >> 20} MiB", 413)
+    return found

@@ -1,0 +1,98 @@
+"""What the protocols share: a request's bytes, an answer's bytes, and what lies between them.
+
+Every protocol is a pure function of bytes: `Request` and the schema in, `Ask` out (rows for the model, and how its outputs
+become the answer). No socket and no model is needed to test one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+from ..datasets.schema import Columns, Schema
+from ..errors import RequestError
+
+JSON = "application/json"
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    """Without the query."""
+    type: str = ""
+    """The media type of the body, in lower case, without parameters."""
+    body: bytes = b""
+    json_length: int | None = None
+    """Bytes of the body that are JSON, where tensors follow it (`Inference-Header-Content-Length`)."""
+
+
+@dataclass
+class Answer:
+    status: int
+    type: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model a request is for, and what the model reads and answers."""
+
+    name: str
+    version: int
+    schema: Schema
+
+    @property
+    def output(self) -> str:
+        """The name of the model's output."""
+        return "probabilities" if self.schema.classes else "values"
+
+
+@dataclass
+class Ask:
+    """Rows for a model. render: the outputs `[rows, schema.outputs]` to the answer."""
+
+    columns: Columns
+    rows: int
+    render: Callable[[np.ndarray], Answer]
+
+
+def json_answer(status: int, value: Any, headers: dict[str, str] | None = None) -> Answer:
+    """Arrays may be in it: float32 is written with the digits that it has."""
+    return Answer(status, JSON, orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), headers or {})
+
+
+def error_answer(error: RequestError) -> Answer:
+    retry = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+    return json_answer(error.status, {"error": str(error)}, retry)
+
+
+def json_object(body: bytes | memoryview) -> dict[str, Any]:
+    """Raises RequestError."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise RequestError("the body is not JSON (RFC 8259)") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object")
+    return value
+
+
+def has_booleans(body: bytes | memoryview) -> bool:
+    """Whether a JSON text may hold `true` or `false`: an array of numbers would take them for 1 and 0."""
+    body = bytes(body)
+    return b"true" in body or b"false" in body
+
+
+def scores(outputs: np.ndarray, schema: Schema) -> np.ndarray:
+    """`[rows, classes]`, or `[rows]` of a regression; contiguous, as `json_answer` needs it."""
+    return np.ascontiguousarray(outputs if schema.classes else outputs[:, 0])
+
+
+def top(outputs: np.ndarray, schema: Schema, count: int) -> list[list[tuple[str, float, int]]]:
+    """For each row its most probable classes: (label, probability, index), best first."""
+    best = np.argsort(-outputs, axis=1, kind="stable")[:, :count]
+    return [[(str(schema.classes[i]), float(row[i]), int(i)) for i in chosen] for row, chosen in zip(outputs, best, strict=True)]

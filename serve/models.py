@@ -1,0 +1,219 @@
+"""The models that a replica holds: found in the registry, verified, loaded, measured, and let go.
+
+What answers requests without a version is loaded at the start and followed: when the registry says another version, that
+one is loaded beside the old one, and takes over when it is warm; if it cannot be loaded, the old one stays. Any other
+version or model is loaded when it is first asked for; the least recently used goes when there are more than
+`serve.models`.
+"""
+
+import asyncio
+import base64
+import logging
+import random
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from ..cluster.keys import KeyStore
+from ..datasets.schema import Columns
+from ..errors import HeliographError, RequestError
+from ..jobs import bundle
+from ..jobs.engine import Engine
+from ..jobs.registry import PRODUCTION, Registry, State
+from ..project import Serve
+from . import ohttp
+from .batching import Batcher
+from .client import signed_text
+from .messages import Identity
+from .metrics import Stats
+
+log = logging.getLogger("heliograph")
+KEY_ID = 1
+FOLLOW_SECONDS = 0.5
+RETRY_SECONDS = 30.0
+"""After which a version that could not be loaded is tried again."""
+Place = tuple[str, int]
+
+
+class NotLoaded(Exception):
+    """place: what `Models.load` must load before it can be picked."""
+
+    def __init__(self, place: Place):
+        self.place = place
+
+
+class Loaded:
+    """One version of one model, ready to answer. Raises SignatureError, BundleError, KeyStoreError."""
+
+    def __init__(self, folder: Path, name: str, version: int, keys: KeyStore, options: Serve, threads: int, stats: Stats):
+        started = time.perf_counter()
+        bundle.verify(folder, keys.public_key())
+        self.engine = Engine.fastest(folder, threads, options.engine)
+        self.identity = Identity(name, version, self.engine.schema)
+        self.key = (name, str(version))
+        self._stats = stats
+        self.batcher = Batcher(self._run, options.latency_ms / 1000, self._seen)
+        for rows in (1, 1, 1, 32):
+            zeros = self.engine.zeros(rows)
+            begun = time.perf_counter()
+            self.engine.forward(zeros)
+            self.batcher.pace.add(rows, time.perf_counter() - begun)
+        stats.loads[self.key] = time.perf_counter() - started
+
+    def _run(self, columns: Columns) -> np.ndarray:
+        begun = time.perf_counter()
+        inputs = self.engine.preprocessing.apply(columns)
+        middle = time.perf_counter()
+        outputs = self.engine.forward(inputs)
+        self._stats.observe("stage_seconds", (*self.key, "preprocess"), middle - begun)
+        self._stats.observe("stage_seconds", (*self.key, "model"), time.perf_counter() - middle)
+        if not np.isfinite(outputs).all():
+            raise RequestError("the model answered with a number that is not finite", 500)
+        return outputs
+
+    def _seen(self, requests: int, rows: int, waited: list[float]) -> None:
+        self._stats.observe("batch_requests", self.key, requests)
+        self._stats.observe("batch_rows", self.key, rows)
+        for seconds in waited:
+            self._stats.observe("stage_seconds", (*self.key, "queue"), seconds)
+
+
+class Door:
+    """What opens sealed requests for one model: its private keys, and their public halves, signed."""
+
+    def __init__(self, name: str, keys: KeyStore):
+        private = keys.secret(hpke_key(name), create=True)
+        self.gateway = ohttp.Gateway({KEY_ID: private})
+        self.configs = ohttp.encode_configs([ohttp.KeyConfig(KEY_ID, ohttp.public_key(private))])
+        self.signature = _sign(keys, signed_text(name, self.configs))
+
+
+def hpke_key(name: str) -> str:
+    """The key store's id of the key that opens requests for the model `name`."""
+    return f"{name}-hpke-{KEY_ID}"
+
+
+class Models:
+    def __init__(self, registry: Registry, keys: KeyStore, options: Serve, threads: int, stats: Stats):
+        self.registry, self.keys, self.options, self.threads, self.stats = registry, keys, options, threads, stats
+        self.states: dict[str, State] = {}
+        self._default: dict[str, int] = {}
+        self._loaded: OrderedDict[Place, Loaded] = OrderedDict()
+        self._loading: dict[Place, asyncio.Future] = {}
+        self._failed: dict[Place, float] = {}
+        self._doors: dict[str, Door] = {}
+
+    def pick(self, name: str, version: int | None = None, label: str | None = None) -> Loaded:
+        """The model that shall answer. Raises RequestError (404), or NotLoaded."""
+        if name not in self._default:
+            raise RequestError(f"no such model: this endpoint has {', '.join(sorted(self._default)) or 'none'}", 404)
+        state = self.states[name]
+        if version is None:
+            version = self._default[name]
+            if label is not None and label != PRODUCTION:
+                if label not in state.aliases:
+                    raise RequestError(f"`{name}` has no version with this label: it has {', '.join(sorted(state.aliases))}", 404)
+                version = state.aliases[label]
+            rollout = state.rollout
+            if label is None and rollout and rollout.active and random.random() * 100 < rollout.percent:
+                candidate = self._loaded.get((name, rollout.version))
+                if candidate is not None:
+                    return candidate
+        found = self._loaded.get((name, version))
+        if found is None:
+            if version not in self.registry.versions(name):
+                raise RequestError(f"`{name}` has no such version", 404)
+            raise NotLoaded((name, version))
+        self._loaded.move_to_end((name, version))
+        return found
+
+    def door(self, name: str) -> Door:
+        """Raises RequestError (404)."""
+        if name not in self._default:
+            raise RequestError(f"no such model: this endpoint has {', '.join(sorted(self._default)) or 'none'}", 404)
+        if name not in self._doors:
+            self._doors[name] = Door(name, self.keys)
+        return self._doors[name]
+
+    def versions(self, name: str) -> dict[int, str]:
+        """The state of each version, in TensorFlow Serving's words. Raises RequestError (404)."""
+        self.door(name)
+        return {v: "AVAILABLE" if (name, v) in self._loaded else "START" for v in self.registry.versions(name)}
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._default)
+
+    @property
+    def ready(self) -> bool:
+        """Whether each model's default version can answer."""
+        return bool(self._default) and all(place in self._loaded for place in self._default.items())
+
+    async def load(self, place: Place) -> None:
+        """Load a version, once however many ask; raises HeliographError when it cannot be."""
+        if place in self._loaded:
+            return
+        running = self._loading.get(place)
+        if running is None:
+            loop = asyncio.get_running_loop()
+            running = self._loading[place] = asyncio.ensure_future(loop.run_in_executor(None, self.open, place))
+            running.add_done_callback(lambda _: self._loading.pop(place, None))
+        found = await asyncio.shield(running)
+        self._loaded[place] = found
+        self.stats.failures.pop((place[0], str(place[1])), None)
+        self._let_go()
+
+    def open(self, place: Place) -> Loaded:
+        """Raises what `Loaded` raises, and RegistryError."""
+        name, version = place
+        folder = self.registry.bundle(name, version)
+        return Loaded(folder, name, version, self.keys, self.options, self.threads, self.stats)
+
+    def _let_go(self) -> None:
+        kept = set(self._default.items())
+        kept |= {(n, s.rollout.version) for n, s in self.states.items() if s.rollout and s.rollout.active}
+        for place in list(self._loaded):
+            if len(self._loaded) <= max(self.options.models, len(kept)):
+                return
+            if place not in kept:
+                self._loaded.pop(place).batcher.close()
+
+    async def follow(self) -> None:
+        """Look once whether the registry says something new, and do it."""
+        for name in self.registry.names():
+            try:
+                state = self.registry.state(name)
+                wanted = self.registry.resolve(name)
+            except HeliographError as error:
+                log.error("%s", error)
+                continue
+            if await self._try((name, wanted)):
+                self._default[name] = wanted
+            self.states[name] = state
+            if state.rollout and state.rollout.active:
+                await self._try((name, state.rollout.version))
+
+    async def _try(self, place: Place) -> bool:
+        if place in self._loaded:
+            return True
+        if time.monotonic() - self._failed.get(place, -RETRY_SECONDS) < RETRY_SECONDS:
+            return False
+        try:
+            await self.load(place)
+        except Exception as error:
+            self._failed[place] = time.monotonic()
+            self.stats.failures[place[0], str(place[1])] = str(error)
+            log.error("%s@%d cannot be loaded: %s", *place, error)
+            return False
+        return True
+
+
+def _sign(keys: KeyStore, text: bytes) -> str:
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = serialization.load_pem_private_key(keys.signing_key().read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    return base64.b64encode(private.sign(text, ec.ECDSA(hashes.SHA256()))).decode()

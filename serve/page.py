@@ -1,0 +1,203 @@
+"""What an endpoint says of itself: its OpenAPI document, and a page at `/docs` on which a person can try it.
+
+The page holds everything that it needs; nothing is loaded from elsewhere.
+"""
+
+import html as escape
+import json
+from typing import Any
+
+from .. import __version__
+from ..datasets.schema import MUST_BE, Feature
+from .messages import Identity
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string", "description": "What was found, where, and what to do."}},
+}
+EXAMPLES: dict[str, Any] = {
+    "number": 1.5,
+    "time": "2026-01-31T12:00:00Z",
+    "text": "text",
+    "list": [1.0, 2.0],
+    "image": {"b64": "aGVsaW8="},
+}
+
+
+def openapi(models: list[Identity], required: bool) -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    paths: dict[str, Any] = {
+        "/v2": _get("The server", {"type": "object"}),
+        "/v2/health/live": _get("Whether the process lives", {"type": "object"}),
+        "/v2/health/ready": _get("Whether every model can answer", {"type": "object"}, (503,)),
+        "/v2/repository/index": {
+            "post": _operation(
+                "Models and versions", {"type": "array", "items": {"type": "object"}}, body={"type": "object"}, optional=True
+            )
+        },
+        "/metrics": _get("Prometheus metrics", {"type": "string"}, kind="text/plain"),
+    }
+    for model in models:
+        base = f"/v1/models/{model.name}"
+        paths[base] = _get("The state of each version", {"type": "object", "required": ["model_version_status"]})
+        paths[f"{base}/metadata"] = _get(
+            "The signature and the schema", {"type": "object", "required": ["model_spec", "metadata"]}
+        )
+        paths[f"{base}/ohttp-keys"] = _get("Keys for sealed requests (RFC 9458), signed", None, kind="application/ohttp-keys")
+        paths[f"/v2/models/{model.name}"] = _get(
+            "Inputs and outputs", {"type": "object", "required": ["name", "inputs", "outputs"]}
+        )
+        paths[f"/v2/models/{model.name}/ready"] = _get("Whether it can answer", {"type": "object"}, (503,))
+        row, verb = _row(model), "classify" if model.schema.classes else "regress"
+        rows = {"type": "array", "minItems": 1, "items": row}
+        refused = (403,) if required else ()
+        for path, key, given, found in (
+            (f"{base}:predict", "instances", rows, "predictions"),
+            (f"{base}:{verb}", "examples", {"type": "array", "minItems": 1, "items": _object(model)}, "results"),
+        ):
+            body = {
+                "type": "object",
+                "required": [key],
+                "properties": {key: given, "signature_name": {"const": "serving_default"}},
+            }
+            answer = {"type": "object", "required": [found], "properties": {found: {"type": "array"}}}
+            paths[path] = {"post": _operation(f"{found.capitalize()} for rows", answer, body=body, more=refused)}
+        tensor = {
+            "type": "object",
+            "required": ["name", "shape", "datatype", "data"],
+            "properties": {
+                "name": {"enum": [f.name for f in model.schema.features]},
+                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                "datatype": {"type": "string"},
+                "data": {"type": "array"},
+            },
+        }
+        body = {
+            "type": "object",
+            "required": ["inputs"],
+            "properties": {"inputs": {"type": "array", "minItems": 1, "items": tensor}},
+        }
+        answer = {"type": "object", "required": ["model_name", "model_version", "outputs"]}
+        paths[f"/v2/models/{model.name}/infer"] = {"post": _operation("Open Inference Protocol", answer, body=body, more=refused)}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "heliograph",
+            "version": __version__,
+            "description": "Predictions of " + ", ".join(m.name for m in models),
+        },
+        "paths": paths,
+    }
+
+
+def _get(text: str, schema: dict[str, Any] | None, more: tuple[int, ...] = (), kind: str = "application/json") -> dict[str, Any]:
+    return {"get": _operation(text, schema, more=more, kind=kind)}
+
+
+def _operation(
+    text: str,
+    schema: dict[str, Any] | None,
+    body: dict[str, Any] | None = None,
+    optional: bool = False,
+    more: tuple[int, ...] = (),
+    kind: str = "application/json",
+) -> dict[str, Any]:
+    codes = (*more, *((400, 408, 413, 415) if body else ()), 503)
+    found: dict[str, Any] = {
+        "summary": text,
+        "responses": {
+            "200": {"description": "done", "content": {kind: {"schema": schema} if schema else {}}},
+            **{
+                str(c): {
+                    "description": "refused",
+                    "content": {"application/json": {"schema": {"type": "object"} if c == 503 else ERROR}},
+                }
+                for c in codes
+            },
+        },
+    }
+    if body:
+        found["requestBody"] = {"required": not optional, "content": {"application/json": {"schema": body}}}
+    return found
+
+
+def _row(model: Identity) -> dict[str, Any]:
+    alone = [_value(f) for f in model.schema.features] if len(model.schema.features) == 1 else []
+    return {"anyOf": [_object(model), *alone]}
+
+
+def _object(model: Identity) -> dict[str, Any]:
+    features = model.schema.features
+    return {
+        "type": "object",
+        "required": [f.name for f in features if not f.optional],
+        "additionalProperties": False,
+        "properties": {f.name: _value(f) for f in features},
+    }
+
+
+def _value(feature: Feature) -> dict[str, Any]:
+    number = {"type": "number", "minimum": -1e30, "maximum": 1e30}
+    kinds: dict[str, dict[str, Any]] = {
+        "number": number,
+        "time": {"type": "string", "format": "date-time"},
+        "text": {"type": "string"},
+        "list": {"type": "array", "items": number},
+        "image": {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string", "contentEncoding": "base64"}}},
+    }
+    found = kinds.get(feature.kind, number)
+    for n in reversed(feature.shape):
+        found = {"type": "array", "minItems": n, "maxItems": n, "items": found}
+    return {"anyOf": [found, {"type": "null"}]} if feature.optional else found
+
+
+def _example(feature: Feature) -> Any:
+    found = EXAMPLES.get(feature.kind, 0.0)
+    for n in reversed(feature.shape):
+        found = [found] * n
+    return found
+
+
+def html(models: list[Identity], required: bool) -> bytes:
+    cards = "".join(_card(m, required) for m in models)
+    return PAGE.replace("@CARDS@", cards).encode()
+
+
+def _card(model: Identity, required: bool) -> str:
+    schema, e = model.schema, escape.escape
+    rows = "".join(
+        f"<tr><td>{e(f.name)}</td><td>{e(f.kind)}{' ' + str(list(f.shape)) if f.shape else ''}</td>"
+        f"<td>{e(MUST_BE.get(f.kind, 'finite numbers in that shape'))}{', or empty' if f.optional else ''}</td></tr>"
+        for f in schema.features
+    )
+    answers = f"a probability for each of {', '.join(map(str, schema.classes))}" if schema.classes else "one value"
+    sample = {"instances": [{f.name: _example(f) for f in schema.features}]}
+    form = (
+        "<p>This model takes sealed requests only: use <code>heliograph predict</code>.</p>"
+        if required
+        else f'<textarea rows="6" spellcheck="false">{e(json.dumps(sample))}</textarea>'
+        f'<button data-path="/v1/models/{e(model.name)}:predict">predict</button><pre></pre>'
+    )
+    return (
+        f"<section><h2>{e(model.name)}@{model.version}</h2>"
+        f"<p>{e(schema.task)} of <code>{e(schema.target)}</code>: {e(answers)}</p>"
+        f"<table><tr><th>feature</th><th>kind</th><th>must be</th></tr>{rows}</table>{form}</section>"
+    )
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>heliograph</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}
+textarea{width:100%;box-sizing:border-box;font:13px monospace}pre{background:#f4f4f4;padding:.6rem;overflow:auto;max-height:20rem}
+button{padding:.4rem 1.2rem;margin:.4rem 0}code{background:#f4f4f4;padding:0 .2rem}
+</style><h1>heliograph</h1><p>Bodies and paths: <a href="/openapi.json">/openapi.json</a> (TensorFlow Serving's REST API, the Open
+Inference Protocol, Arrow, sealed requests of RFC 9458). Counts: <a href="/metrics">/metrics</a>.</p>@CARDS@<script>
+for (const button of document.querySelectorAll("button")) button.onclick = async () => {
+  const out = button.nextElementSibling, body = button.previousElementSibling.value, began = performance.now();
+  const answer = await fetch(button.dataset.path, {method: "POST", headers: {"content-type": "application/json"}, body});
+  out.textContent = `${answer.status} in ${Math.round(performance.now() - began)} ms\\n${await answer.text()}`;
+};
+</script></html>
+"""
