@@ -67,7 +67,7 @@ def test_the_paths_of_tensorflow_serving_answer(url):
     [
         (b"", "the body is not JSON"),
         (b"{", "the body is not JSON"),
-        (b"[1]", "the body must be an object"),
+        (b"[1]", "the body must be a JSON object"),
         (b"[" * 100_000, "the body is not JSON"),
         (b'{"instances": [' + b"[" * 900 + b"]" * 900 + b"]}", "row 0: `image` must hold finite numbers"),
         (b'{"instances": []}', "at least one row"),
