@@ -36,6 +36,7 @@ TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path(
 """Short, since HAProxy's socket lies below it, under a folder named by a node's 56 hex digits, and 107 bytes are all
 that a Unix socket's path may have."""
 LOOPBACK = "127.0.0.1"
+REPLICA_PORTS = 100
 TOKEN = secrets.token_hex(32)
 READ_AT_IMPORT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -123,6 +124,7 @@ class LocalCluster:
 def _environment(temp: Path) -> dict[str, str]:
     launcher = temp / "haproxy"
     haproxy.write_launcher(launcher)
+    first = 20_000 + os.getpid() * REPLICA_PORTS % 12_000
     return {
         **READ_AT_IMPORT,
         "RAY_AUTH_TOKEN": TOKEN,
@@ -152,6 +154,9 @@ def _environment(temp: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRIES": "5",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # Replicas' ports in a range of our own: another Ray's replica on one of them would be taken for ours.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS),
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 

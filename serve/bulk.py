@@ -22,9 +22,10 @@ def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
     """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise DataError(f"{out}: predictions are written as .csv or .jsonl: name such a file")
+    alone = read_rows(rows) if str(rows) == "-" or rows.suffix == ".json" else None
     classes = client.schema()["classes"]
-    if str(rows) == "-" or rows.suffix == ".json":
-        answers = client.predict(read_rows(rows))
+    if alone is not None:
+        answers = client.predict(alone)
         best = [max(range(len(classes)), key=a.__getitem__) if classes else None for a in answers]
         found = [(a if b is None else classes[b], None if b is None else a) for a, b in zip(answers, best, strict=True)]
         _write(found, classes, out, 0)

@@ -147,4 +147,4 @@ def test_predict_says_when_nobody_answers(tmp_path):
 def test_serve_says_when_there_is_nothing_to_serve_yet(tmp_path):
     code, output = heliograph("serve", iris_project(tmp_path / "iris"))
     assert code == 2
-    assert "has no bundle yet" in output
+    assert "has no iris yet" in output

@@ -131,7 +131,7 @@ def test_the_client_says_why_it_was_refused(url):
     with Client(url, "digits") as client, pytest.raises(RequestError, match="`image` has the shape") as caught:
         client.predict([[1, 2]])
     assert caught.value.status == 400
-    with Client(url, "nothing") as client, pytest.raises(RequestError, match="no such path") as caught:
+    with Client(url, "nothing") as client, pytest.raises(RequestError, match="no such model") as caught:
         client.predict([[1, 2]])
     assert caught.value.status == 404
 

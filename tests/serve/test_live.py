@@ -237,7 +237,7 @@ def test_a_new_version_that_fails_is_rolled_back(url, room):
     codes = [a.status_code for a in answers]
     assert set(codes) == {200, 500}
     assert codes.count(500) < 200
-    with pytest.raises(RolledBack, match="rolled back: .* requests failed"):
+    with pytest.raises(RolledBack, match=r"rolled back: .* requests failed"):
         follow(room.registry, "pets", state, True, print)
     time.sleep(1.5)
     assert {predict(url).headers["model-version"] for _ in range(30)} == {"2"}
