@@ -1,6 +1,7 @@
 """A live endpoint: clients that others wrote, what goes wrong on the wire, rollouts, retries, files."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -146,7 +147,12 @@ def test_the_page_and_the_client_without_waiting(url, room):
 
 
 def replicas() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "ray::ServeReplica:pets" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::ServeReplica:pets" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_killed_replica_loses_no_request(url):
