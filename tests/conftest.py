@@ -25,6 +25,23 @@ def cluster() -> Iterator[LocalCluster]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def served(cluster) -> Callable[..., contextlib.AbstractContextManager[str]]:
+    """Start an endpoint and stop it again, its proxy too, so that the next one may have another port."""
+
+    @contextlib.contextmanager
+    def serving(endpoint) -> Iterator[str]:
+        from heliograph.serve.endpoint import start
+        from ray import serve
+
+        try:
+            yield start(endpoint, cluster)
+        finally:
+            serve.shutdown()
+
+    return serving
+
+
 @pytest.fixture
 def silent() -> Callable[..., None]:
     """Where a job's progress goes when nobody looks."""

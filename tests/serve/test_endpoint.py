@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -34,8 +35,9 @@ def endpoint(digits, tmp_path_factory) -> Endpoint:
 
 
 @pytest.fixture(scope="module")
-def url(endpoint, cluster) -> str:
-    return start(endpoint, cluster)
+def url(endpoint, cluster, served) -> Iterator[str]:
+    with served(endpoint) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -18,7 +19,7 @@ from heliograph.errors import EndpointError, RequestError, RolledBack
 from heliograph.project import Serve
 from heliograph.serve import bulk
 from heliograph.serve.client import AsyncClient, Client
-from heliograph.serve.endpoint import Endpoint, start
+from heliograph.serve.endpoint import Endpoint
 from heliograph.serve.rollout import begin, follow
 from hypothesis import HealthCheck, given, settings
 from tritonclient import http as triton
@@ -38,9 +39,10 @@ def room(tmp_path_factory) -> Room:
 
 
 @pytest.fixture(scope="module")
-def url(room, cluster) -> str:
+def url(room, served) -> Iterator[str]:
     options = Serve(port=free_port(), replicas=2)
-    return start(Endpoint("pets", room.registry, room.keys, options, room.folder / "serve.log"), cluster)
+    with served(Endpoint("pets", room.registry, room.keys, options, room.folder / "serve.log")) as url:
+        yield url
 
 
 def predict(url: str) -> httpx.Response:
