@@ -462,8 +462,12 @@ class Serve(Section):
         return "127.0.0.1"
 
 
+NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
+"""Of a model."""
+
+
 class Project(Section):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    name: Annotated[str, Field(pattern=rf"^{NAME}$")]
     """the model's name in URLs: lower-case letters, digits, `-` and `_`"""
     data: Data
     """a section with at least `source` and `target`"""

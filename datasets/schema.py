@@ -174,10 +174,14 @@ class Bad:
 
 
 def typed(table: pa.Table, features: tuple[Feature, ...], bad: Bad) -> Columns:
-    """A source's rows as columns of their kinds; what does not fit its kind is noted in `bad`, and NaN, null or zeros here."""
+    """A source's rows as columns of their kinds; what does not fit its kind is noted in `bad`, and NaN, null or zeros here.
+
+    An optional feature that the table lacks is empty."""
     out: Columns = {}
     for feature in features:
-        column, name = table.column(feature.name), feature.name
+        name = feature.name
+        there = name in table.column_names or not feature.optional
+        column = table.column(name) if there else pa.chunked_array([pa.nulls(len(table))])
         given_null = column.is_null().to_numpy()
         if feature.kind in ("number", "time"):
             values = numbers(column) if feature.kind == "number" else _times(column)
@@ -384,6 +388,16 @@ def arrow_column(values: Column) -> pa.Array:
     if not isinstance(values, np.ndarray) or values.ndim == 1:
         return values if isinstance(values, pa.Array) else pa.array(values)
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
+
+
+def prediction_columns(outputs: np.ndarray, schema: Schema, left_out: np.ndarray | None = None) -> dict[str, pa.Array]:
+    """The model's outputs `[rows, schema.outputs]` as Arrow columns: `prediction`, and the probabilities of the classes.
+
+    left_out: rows without a prediction, `[rows]` booleans."""
+    if not schema.classes:
+        return {"prediction": pa.array(np.ascontiguousarray(outputs[:, 0]), mask=left_out)}
+    chosen = pa.array(outputs.argmax(axis=1), mask=left_out)
+    return {"prediction": pa.array(schema.classes).take(chosen), "probabilities": arrow_column(outputs)}
 
 
 def as_fed(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..cluster.runtime import LocalCluster
 from ..cluster.storage import exclusive, read_json, write_bytes, write_json
-from ..datasets.schema import Bad, arrow_column, require, typed
+from ..datasets.schema import Bad, prediction_columns, require, typed
 from ..datasets.sources import FunctionSource, PieceSource, open_source
 from ..errors import RunError
 from ..project import Project
@@ -86,22 +86,16 @@ def _predict(source: PieceSource, folder: str, out: str, item: tuple[int, Any]) 
 def _predicted(engine: Engine, table: pa.Table, where: str) -> pa.Table:
     schema = engine.schema
     require([f.name for f in schema.features if not f.optional], table.column_names, where)
-    full = table
-    for feature in schema.features:
-        if feature.name not in full.column_names:
-            full = full.append_column(feature.name, pa.nulls(len(full)))
     bad = Bad(len(table))
-    columns = typed(full, schema.features, bad)
+    columns = typed(table, schema.features, bad)
     outputs = np.zeros((len(table), schema.outputs), np.float32)
     if (good := np.flatnonzero(~bad.mask)).size:
         outputs[good] = engine.predict({n: c[good] if isinstance(c, np.ndarray) else c.take(good) for n, c in columns.items()})
-    made: dict[str, Any] = {"prediction": pa.array(outputs[:, 0], mask=bad.mask)}
-    if schema.classes:
-        chosen = pa.array(outputs.argmax(axis=1), mask=bad.mask)
-        made = {"prediction": pa.array(schema.classes).take(chosen), "probabilities": arrow_column(outputs)}
-    made["problem"] = [f"{bad.reasons[i][0]}: {bad.reasons[i][1]}" if bad.mask[i] else None for i in range(len(table))]
+    made = prediction_columns(outputs, schema, bad.mask)
+    problems = [f"{bad.reasons[i][0]}: {bad.reasons[i][1]}" if bad.mask[i] else None for i in range(len(table))]
+    made["problem"] = pa.array(problems, pa.string())
     for name, values in made.items():
         if name in table.column_names:
             table = table.drop_columns([name])
-        table = table.append_column(name, values if not isinstance(values, list) else pa.array(values, pa.string()))
+        table = table.append_column(name, values)
     return table

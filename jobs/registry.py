@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ..cluster.storage import publish_folder, read_json, write_bytes
+from ..cluster.storage import publish_folder, read_json, write_json
 from ..errors import RegistryError
+from ..project import NAME
 from .bundle import SIGNATURE
 
 PRODUCTION = "production"
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 class Rollout(BaseModel):
@@ -51,7 +51,7 @@ class Registry:
         self.folder = folder
 
     def names(self) -> list[str]:
-        return sorted(p.name for p in self.folder.glob("*") if NAME.fullmatch(p.name) and self.versions(p.name))
+        return sorted(p.name for p in self.folder.glob("*") if re.fullmatch(NAME, p.name) and self.versions(p.name))
 
     def versions(self, name: str) -> list[int]:
         """Oldest first."""
@@ -87,21 +87,21 @@ class Registry:
             raise RegistryError(f"{file}: is damaged ({type(error).__name__}): deploy a version anew") from None
 
     def write(self, name: str, state: State) -> None:
-        write_bytes(self.folder / name / "state.json", state.model_dump_json(indent=1).encode() + b"\n")
+        write_json(self.folder / name / "state.json", state.model_dump())
 
-    def resolve(self, name: str, alias: str = PRODUCTION) -> int:
-        """The version that an alias stands for. Raises RegistryError."""
-        found = self.state(name).aliases.get(alias)
-        if found is None and alias == PRODUCTION:
-            found = max(self.versions(name), default=None)
+    def resolve(self, name: str, state: State | None = None) -> int:
+        """The version in production, or the newest while there is none. state: the model's, where it was read already.
+
+        Raises RegistryError."""
+        found = (state or self.state(name)).aliases.get(PRODUCTION) or max(self.versions(name), default=None)
         if found is None:
-            raise RegistryError(f"{self.folder}: `{name}` has no alias `{alias}`")
+            raise RegistryError(f"{self.folder}: has no {name} yet")
         return found
 
 
 def parse(text: str) -> tuple[str, int | None]:
     """`NAME@VERSION` or `NAME`. Raises RegistryError."""
     name, _, version = text.partition("@")
-    if not NAME.fullmatch(name) or (version and not version.isdigit()) or text.endswith("@"):
+    if not re.fullmatch(NAME, name) or (version and not version.isdigit()) or text.endswith("@"):
         raise RegistryError(f"`{text}` names no model: write NAME@VERSION, such as digits@2")
     return name, int(version) if version else None

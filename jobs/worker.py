@@ -440,7 +440,6 @@ def export(model: Any, rows: Part, job: Job) -> float:
         raise ModelError(f"model.onnx answers differently from the Keras model, by {gap:.2g}")
     try:
         model.export(job.folder / "model.tflite", format="litert", verbose=False)
-    except Exception as error:  # operations that LiteRT does not have: ONNX Runtime serves such a model
+    except Exception:  # operations that LiteRT does not have: ONNX Runtime serves such a model
         (job.folder / "model.tflite").unlink(missing_ok=True)
-        logging.getLogger("heliograph").info("no model.tflite: %s", (str(error).splitlines() or [type(error).__name__])[0])
     return gap

@@ -24,7 +24,7 @@ import orjson
 
 from ..errors import CapsuleError, HeliographError, RequestError
 from . import arrow, bhttp, ohttp, oip, page, tfserving
-from .messages import Answer, Ask, Request, error_answer, json_answer
+from .messages import Answer, Ask, Request, answered, json_answer
 from .metrics import Stats
 from .models import Loaded, Models, NotLoaded
 
@@ -88,12 +88,7 @@ class Application:
 
     async def answer(self, request: Request, seen: Seen) -> Answer:
         """Never raises for what a client can send."""
-        try:
-            if request.type == ohttp.REQUEST_TYPE:
-                return await self._sealed(request, seen)
-            return await self._open(request, seen)
-        except RequestError as error:
-            return error_answer(error)
+        return await answered((self._sealed if request.type == ohttp.REQUEST_TYPE else self._open)(request, seen))
 
     async def _open(self, request: Request, seen: Seen) -> Answer:
         target = target_of(request.path)
@@ -115,40 +110,30 @@ class Application:
         began = time.perf_counter()
         seen.protocol = "ohttp"
         try:
-            if request.method != "POST" or target is None or not target.verb or target.name not in self.models.names:
+            if request.method != "POST" or target is None or not target.verb:
                 raise CapsuleError("an encapsulated request goes to a path of the model that infers")
             message, seal = self.models.door(target.name).gateway.open_request(request.body)
-        except CapsuleError:
+        except RequestError:
             return Answer(400, PROBLEM, KEY_PROBLEM)
         opened = time.perf_counter()
-        try:
-            inner = bhttp.decode_request(message)
-            answer = await self._inside(inner, target.name, seen)
-        except RequestError as error:
-            answer = error_answer(error)
-        except Exception:
-            log.exception("a request failed")
-            answer = json_answer(500, {"error": "the endpoint failed: its log says why"})
-        began, opened = opened - began, time.perf_counter()
+        answer = await answered(self._inside(message, target.name, seen))
+        done = time.perf_counter()
         fields = [(k.encode(), v.encode()) for k, v in (("content-type", answer.type), *answer.headers.items())]
         sealed = seal(bhttp.encode_response(bhttp.Response(answer.status, fields, answer.body)))
         key = (seen.model, seen.version)
-        stats.observe("stage_seconds", (*key, "open"), began)
-        stats.observe("stage_seconds", (*key, "seal"), time.perf_counter() - opened)
+        stats.observe("stage_seconds", (*key, "open"), opened - began)
+        stats.observe("stage_seconds", (*key, "seal"), time.perf_counter() - done)
         return Answer(200, ohttp.RESPONSE_TYPE, sealed)
 
-    async def _inside(self, inner: bhttp.Request, name: str, seen: Seen) -> Answer:
+    async def _inside(self, message: bytes, name: str, seen: Seen) -> Answer:
+        inner = bhttp.decode_request(message)
         path = inner.path.decode("latin-1").partition("?")[0]
         target = target_of(path)
         if target is None or not target.verb or target.name != name:
             raise RequestError("a request in a capsule goes to its own model, on a path that infers", 404)
         if inner.method != b"POST":
             raise RequestError("this path answers to POST", 405)
-        length = bhttp.get(inner.fields, oip.LENGTH_HEADER.encode())
-        if length is not None and not length.isdigit():
-            raise RequestError(f"{oip.LENGTH_HEADER} must be a number")
-        kind = media_type((bhttp.get(inner.fields, b"content-type") or b"").decode("latin-1"))
-        request = Request("POST", path, kind, inner.content, None if length is None else int(length))
+        request = Request.read("POST", path, functools.partial(bhttp.get, inner.fields), inner.content)
         return await self._infer(request, target, seen)
 
     async def _pick(self, target: Target) -> Loaded:
@@ -233,7 +218,3 @@ class Application:
                 if path == "/openapi.json":
                     return json_answer(200, page.openapi(models, self.required))
                 return Answer(200, "text/html; charset=utf-8", page.html(models, self.required))
-
-
-def media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip().lower()

@@ -5,11 +5,12 @@ import numpy as np
 import pyarrow as pa
 from flatbuffers import number_types
 
-from ..datasets.schema import Bad, arrow_column, listed, typed
+from ..datasets.schema import Bad, listed, prediction_columns, typed
 from ..errors import RequestError
-from .messages import Answer, Ask, Identity, scores
+from .client import ARROW as TYPE
+from .client import arrow_stream
+from .messages import Answer, Ask, Identity
 
-TYPE = "application/vnd.apache.arrow.stream"
 HEADER_TYPE, HEADER, COMPRESSION = 6, 8, 10
 """Places in the tables `Message` and `RecordBatch` of Arrow's `Message.fbs`."""
 RECORD_BATCH = 3
@@ -29,11 +30,8 @@ def ask(body: bytes, model: Identity) -> Ask:
         raise RequestError(f"the table has {len(unknown)} unknown columns; the features are {listed(names)}")
     if len(set(table.column_names)) != table.num_columns:
         raise RequestError("a column is given twice")
-    for feature in features:
-        if feature.name not in table.column_names:
-            if not feature.optional:
-                raise RequestError(f"the table lacks `{feature.name}`; the features are {listed(names)}")
-            table = table.append_column(feature.name, pa.nulls(table.num_rows))
+    if missing := [f.name for f in features if f.name not in table.column_names and not f.optional]:
+        raise RequestError(f"the table lacks {listed(missing)}; the features are {listed(names)}")
     if not table.num_rows:
         raise RequestError("the table has no row")
     bad = Bad(table.num_rows)
@@ -49,17 +47,7 @@ def ask(body: bytes, model: Identity) -> Ask:
 
 
 def _render(outputs: np.ndarray, model: Identity) -> Answer:
-    found = scores(outputs, model.schema)
-    if model.schema.classes:
-        chosen = pa.array(found.argmax(axis=1))
-        columns = {"prediction": pa.array(model.schema.classes).take(chosen), model.output: arrow_column(found)}
-    else:
-        columns = {"prediction": pa.array(found)}
-    table = pa.table(columns)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return Answer(200, TYPE, sink.getvalue().to_pybytes())
+    return Answer(200, TYPE, arrow_stream(pa.table(prediction_columns(outputs, model.schema))))
 
 
 def _refuse_compressed(body: bytes) -> None:

@@ -1,5 +1,6 @@
 """Predictions of a whole file by an endpoint: streamed, with its progress told, and resumable."""
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise DataError(f"{out}: predictions are written as .csv or .jsonl: name such a file")
     alone = read_rows(rows) if str(rows) == "-" or rows.suffix == ".json" else None
-    classes = client.schema()["classes"]
+    schema = client.schema()
+    classes = schema["classes"]
     if alone is not None:
         answers = client.predict(alone)
         best = [max(range(len(classes)), key=a.__getitem__) if classes else None for a in answers]
@@ -33,7 +35,7 @@ def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
     done = _answered(out)
     display = Display()
     with display.open(), display.stage("predict"):
-        for first, table in _batches(rows, [f["name"] for f in client.schema()["features"]], batch, done):
+        for first, table in _batches(rows, [f["name"] for f in schema["features"]], batch, done):
             try:
                 answer = client.predict_table(table)
             except RequestError as error:
@@ -78,17 +80,12 @@ def _write(found: list[tuple[Any, Any]], classes: list[Any], out: Path | None, f
         for prediction, scores in found:
             typer.echo(f"{prediction}\t{max(scores):.4f}" if scores else f"{prediction:.6g}")
         return
-    lines = []
-    if out.suffix == ".csv":
-        if first == 0:
-            lines.append(",".join(["prediction", *(_cell(f"p({c})") for c in classes)]))
-        lines += [",".join([_cell(prediction), *map(repr, scores or [])]) for prediction, scores in found]
-    else:
-        lines = [json.dumps({"prediction": p} | ({"probabilities": scores} if scores else {})) for p, scores in found]
-    with out.open("w" if first == 0 else "a") as file:
-        file.write("".join(line + "\n" for line in lines))
-
-
-def _cell(value: Any) -> str:
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+    with out.open("w" if first == 0 else "a", newline="") as file:
+        if out.suffix == ".csv":
+            writer = csv.writer(file, lineterminator="\n")
+            if first == 0:
+                writer.writerow(["prediction", *(f"p({c})" for c in classes)])
+            writer.writerows([prediction, *(scores or [])] for prediction, scores in found)
+        else:
+            for prediction, scores in found:
+                file.write(json.dumps({"prediction": prediction} | ({"probabilities": scores} if scores else {})) + "\n")

@@ -57,7 +57,9 @@ class _Answered:
         return self.headers.get("content-type", "")
 
 
-Steps = Generator[_Asked, Any, Any]
+Steps = Generator[_Asked | float, Any, Any]
+"""Yields requests, and is sent an `httpx.Response` or what kept it from coming; and seconds to pause."""
+UNREACHED = (httpx.TransportError, httpx.InvalidURL)
 
 
 class _Talk:
@@ -89,23 +91,20 @@ class _Talk:
     def _predict_table(self, table: Any) -> Steps:
         import pyarrow as pa
 
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        answer = yield from self._infer(sink.getvalue().to_pybytes(), ARROW)
+        answer = yield from self._infer(arrow_stream(table), ARROW)
         if answer.status != 200:
             _opened(answer)
         return pa.ipc.open_stream(answer.body).read_all()
 
     def _schema(self) -> Steps:
-        answer = yield _Asked("GET", f"{self._place}/metadata")
+        answer = yield from self._ask(_Asked("GET", f"{self._place}/metadata"))
         return _opened(answer)["metadata"]["schema"]
 
     def _infer(self, body: bytes, kind: str) -> Steps:
         """Send one request; sealed, a key that the endpoint no longer has is fetched anew, once."""
         path = f"{self._place}:predict"
         if not self.encrypt:
-            return (yield _Asked("POST", path, body, kind))
+            return (yield from self._ask(_Asked("POST", path, body, kind)))
         scheme, authority = urlsplit(self.url)[:2]
         fields = [(b"content-type", kind.encode())]
         message = bhttp.encode_request(bhttp.Request(b"POST", scheme.encode(), authority.encode(), path.encode(), fields, body))
@@ -113,7 +112,7 @@ class _Talk:
             config = self._config if self._config and not fresh else (yield from self._fetch_config())
             self._config = config
             capsule, open_answer = ohttp.seal_request(message, config)
-            answer = yield _Asked("POST", path, capsule, ohttp.REQUEST_TYPE)
+            answer = yield from self._ask(_Asked("POST", path, capsule, ohttp.REQUEST_TYPE))
             if answer.type == ohttp.RESPONSE_TYPE:
                 inner = bhttp.decode_response(open_answer(answer.body))
                 return _Answered(inner.status, inner.content, {k.decode("latin-1"): v.decode("latin-1") for k, v in inner.fields})
@@ -122,12 +121,24 @@ class _Talk:
         raise CapsuleError("the endpoint cannot open requests sealed with the key that it publishes")
 
     def _fetch_config(self) -> Steps:
-        answer = yield _Asked("GET", f"{self._base}/ohttp-keys")
+        answer = yield from self._ask(_Asked("GET", f"{self._base}/ohttp-keys"))
         if answer.status != 200:
             _opened(answer)
         if self._trust:
             check_signature(self._trust, self.model, answer.body, answer.headers.get(ohttp.SIGNATURE_HEADER, ""))
         return ohttp.decode_configs(answer.body)[0]
+
+    def _ask(self, asked: _Asked) -> Steps:
+        """Send one request, again where that may help."""
+        tried = 0
+        found = yield asked
+        while (pause := self._pause(tried, found)) is not None:
+            yield pause
+            tried += 1
+            found = yield asked
+        if isinstance(found, Exception):
+            raise EndpointError(f"{self.url}: cannot be reached ({found or type(found).__name__}): is the endpoint running?")
+        return _Answered(found.status_code, found.content, found.headers)
 
     def _pause(self, tried: int, found: httpx.Response | Exception) -> float | None:
         """Seconds to wait before the request is sent again; None where what was found stands."""
@@ -145,9 +156,6 @@ class _Talk:
             asked = found.headers.get("retry-after", "")
             pause = max(pause, min(LONGEST_PAUSE, float(asked) if asked.isdigit() else 0.0))
         return pause
-
-    def _unreached(self, error: Exception) -> EndpointError:
-        return EndpointError(f"{self.url}: cannot be reached ({error or type(error).__name__}): is the endpoint running?")
 
 
 def _send(asked: _Asked, url: str) -> dict[str, Any]:
@@ -195,28 +203,22 @@ class Client(_Talk):
         return self._run(self._schema())
 
     def _run(self, steps: Steps) -> Any:
+        found: Any = None
         try:
-            asked = next(steps)
             while True:
-                asked = steps.send(self._request(asked))
+                step = steps.send(found)
+                found = self._do(step)
         except StopIteration as end:
             return end.value
 
-    def _request(self, asked: _Asked) -> _Answered:
-        tried = 0
-        while True:
-            try:
-                found: Any = self._http.request(**_send(asked, self.url))
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                found = error
-            pause = self._pause(tried, found)
-            if pause is None:
-                break
-            time.sleep(pause)
-            tried += 1
-        if isinstance(found, Exception):
-            raise self._unreached(found) from None
-        return _Answered(found.status_code, found.content, found.headers)
+    def _do(self, step: _Asked | float) -> Any:
+        if not isinstance(step, _Asked):
+            time.sleep(step)
+            return None
+        try:
+            return self._http.request(**_send(step, self.url))
+        except UNREACHED as error:
+            return error
 
 
 class AsyncClient(_Talk):
@@ -245,28 +247,32 @@ class AsyncClient(_Talk):
         return await self._run(self._schema())
 
     async def _run(self, steps: Steps) -> Any:
+        found: Any = None
         try:
-            asked = next(steps)
             while True:
-                asked = steps.send(await self._request(asked))
+                step = steps.send(found)
+                found = await self._do(step)
         except StopIteration as end:
             return end.value
 
-    async def _request(self, asked: _Asked) -> _Answered:
-        tried = 0
-        while True:
-            try:
-                found: Any = await self._http.request(**_send(asked, self.url))
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                found = error
-            pause = self._pause(tried, found)
-            if pause is None:
-                break
-            await asyncio.sleep(pause)
-            tried += 1
-        if isinstance(found, Exception):
-            raise self._unreached(found) from None
-        return _Answered(found.status_code, found.content, found.headers)
+    async def _do(self, step: _Asked | float) -> Any:
+        if not isinstance(step, _Asked):
+            await asyncio.sleep(step)
+            return None
+        try:
+            return await self._http.request(**_send(step, self.url))
+        except UNREACHED as error:
+            return error
+
+
+def arrow_stream(table: Any) -> bytes:
+    """A pyarrow table as an Arrow IPC stream."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 def read_rows(file: Path) -> list[Any]:

@@ -11,7 +11,6 @@ import gzip
 import importlib
 import io
 import itertools
-import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -21,12 +20,10 @@ from typing import Any
 import orjson
 
 from ..errors import Overloaded, RequestError
-from .application import Application, Seen, media_type
-from .messages import Answer, Request, error_answer, json_answer
+from .application import Application, Seen
+from .messages import Answer, Request, answered
 from .metrics import Stats
-from .oip import LENGTH_HEADER
 
-log = logging.getLogger("heliograph")
 MAX_BODY = 16 << 20
 SLOW_SECONDS = 10.0
 """What a body may take on its way."""
@@ -56,13 +53,7 @@ class Front:
         stats.in_flight += 1
         self._count(1)
         try:
-            request = await self._read(method, path, headers, receive)
-            answer = await self.application.answer(request, seen)
-        except RequestError as error:
-            answer = error_answer(error)
-        except Exception:
-            log.exception("a request failed")
-            answer = json_answer(500, {"error": "the endpoint failed: its log says why"})
+            answer = await answered(self._answer(method, path, headers, receive, seen))
         finally:
             stats.in_flight -= 1
             self._count(-1)
@@ -85,6 +76,9 @@ class Front:
             with self._log.open("ab") as file:
                 file.write(b"".join(orjson.dumps(line) + b"\n" for line in lines))
 
+    async def _answer(self, method: str, path: str, headers: dict[bytes, bytes], receive: Any, seen: Seen) -> Answer:
+        return await self.application.answer(await self._read(method, path, headers, receive), seen)
+
     async def _read(self, method: str, path: str, headers: dict[bytes, bytes], receive: Any) -> Request:
         length = headers.get(b"content-length", b"0")
         if method not in ("GET", "HEAD"):
@@ -97,11 +91,7 @@ class Front:
             body = await self._rest(body, receive)
         if encoding := headers.get(b"content-encoding"):
             body = _inflated(body, encoding)
-        kind = headers.get(b"content-type", b"").decode("latin-1")
-        json_length = headers.get(LENGTH_HEADER.encode())
-        if json_length is not None and not (json_length.isdigit() and len(json_length) < 10):
-            raise RequestError(f"{LENGTH_HEADER} must be a number")
-        return Request(method, path, media_type(kind), body, None if json_length is None else int(json_length))
+        return Request.read(method, path, headers.get, body)
 
     def _admit(self) -> None:
         """Raises Overloaded where what is in flight will take longer than a request may."""

@@ -4,17 +4,20 @@ Every protocol is a pure function of bytes: `Request` and the schema in, `Ask` o
 become the answer). No socket and no model is needed to test one.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import orjson
 
-from ..datasets.schema import Columns, Schema
+from ..datasets.schema import Columns, Feature, Schema
 from ..errors import RequestError
 
+log = logging.getLogger("heliograph")
 JSON = "application/json"
+LENGTH_HEADER = "inference-header-content-length"
 
 
 @dataclass
@@ -27,6 +30,15 @@ class Request:
     body: bytes = b""
     json_length: int | None = None
     """Bytes of the body that are JSON, where tensors follow it (`Inference-Header-Content-Length`)."""
+
+    @classmethod
+    def read(cls, method: str, path: str, header: Callable[[bytes], bytes | None], body: bytes) -> "Request":
+        """header: a header's value by its lower-case name. Raises RequestError."""
+        kind = (header(b"content-type") or b"").decode("latin-1").partition(";")[0].strip().lower()
+        length = header(LENGTH_HEADER.encode())
+        if length is not None and not (length.isdigit() and len(length) < 10):
+            raise RequestError(f"{LENGTH_HEADER} must be a number")
+        return cls(method, path, kind, body, None if length is None else int(length))
 
 
 @dataclass
@@ -50,6 +62,16 @@ class Identity:
         """The name of the model's output."""
         return "probabilities" if self.schema.classes else "values"
 
+    @property
+    def output_shape(self) -> list[int]:
+        """-1 for the rows."""
+        return [-1, len(self.schema.classes)] if self.schema.classes else [-1]
+
+
+def input_shape(feature: Feature) -> list[int]:
+    """Of a tensor that holds a feature; -1 for what differs from request to request."""
+    return [-1, *feature.shape, *([-1] if feature.kind == "list" else [])]
+
 
 @dataclass
 class Ask:
@@ -70,6 +92,17 @@ def error_answer(error: RequestError) -> Answer:
     return json_answer(error.status, {"error": str(error)}, retry)
 
 
+async def answered(work: Awaitable[Answer]) -> Answer:
+    """Its answer, or the one that says why there is none."""
+    try:
+        return await work
+    except RequestError as error:
+        return error_answer(error)
+    except Exception:
+        log.exception("a request failed")
+        return json_answer(500, {"error": "the endpoint failed: its log says why"})
+
+
 def json_object(body: bytes | memoryview) -> dict[str, Any]:
     """Raises RequestError."""
     try:
@@ -81,9 +114,8 @@ def json_object(body: bytes | memoryview) -> dict[str, Any]:
     return value
 
 
-def has_booleans(body: bytes | memoryview) -> bool:
+def has_booleans(body: bytes) -> bool:
     """Whether a JSON text may hold `true` or `false`: an array of numbers would take them for 1 and 0."""
-    body = bytes(body)
     return b"true" in body or b"false" in body
 
 

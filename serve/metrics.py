@@ -50,11 +50,10 @@ class Stats:
         self.observe("request_seconds", (model, version), seconds)
 
     def observe(self, name: str, key: Key, value: float) -> None:
-        bounds = HISTOGRAMS[name][2]
         found = self.histograms[name].get(key)
         if found is None:
-            found = self.histograms[name][key] = [0.0] * (len(bounds) + 2)
-        found[bisect_left(bounds, value)] += 1
+            found = self.histograms[name][key] = empty(name)
+        found[bisect_left(HISTOGRAMS[name][2], value)] += 1
         found[-1] += value
 
     def add(self, other: "Stats", gauges: bool = True) -> None:
@@ -102,6 +101,11 @@ class Stats:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         return generate_latest(registry)
+
+
+def empty(name: str) -> list[float]:
+    """The counts of a histogram that has seen nothing."""
+    return [0.0] * (len(HISTOGRAMS[name][2]) + 2)
 
 
 def quantile(counts: list[float], q: float) -> float:

@@ -55,11 +55,8 @@ class Loaded:
         self.key = (name, str(version))
         self._stats = stats
         self.batcher = Batcher(self._run, options.latency_ms / 1000, self._seen)
-        for rows in (1, 1, 1, 32):
-            zeros = self.engine.zeros(rows)
-            begun = time.perf_counter()
-            self.engine.forward(zeros)
-            self.batcher.pace.add(rows, time.perf_counter() - begun)
+        for rows in (1, 32):
+            self.batcher.pace.add(rows, self.engine.measure(rows, calls=3))
         stats.loads[self.key] = time.perf_counter() - started
 
     def _run(self, columns: Columns) -> np.ndarray:
@@ -84,15 +81,10 @@ class Door:
     """What opens sealed requests for one model: its private keys, and their public halves, signed."""
 
     def __init__(self, name: str, keys: KeyStore):
-        private = keys.secret(hpke_key(name), create=True)
+        private = keys.secret(f"{name}-hpke-{KEY_ID}", create=True)
         self.gateway = ohttp.Gateway({KEY_ID: private})
         self.configs = ohttp.encode_configs([ohttp.KeyConfig(KEY_ID, ohttp.public_key(private))])
         self.signature = _sign(keys, signed_text(name, self.configs))
-
-
-def hpke_key(name: str) -> str:
-    """The key store's id of the key that opens requests for the model `name`."""
-    return f"{name}-hpke-{KEY_ID}"
 
 
 class Models:
@@ -107,8 +99,7 @@ class Models:
 
     def pick(self, name: str, version: int | None = None, label: str | None = None) -> Loaded:
         """The model that shall answer. Raises RequestError (404), or NotLoaded."""
-        if name not in self._default:
-            raise RequestError(f"no such model: this endpoint has {', '.join(sorted(self._default)) or 'none'}", 404)
+        self._require(name)
         state = self.states[name]
         if version is None:
             version = self._default[name]
@@ -131,16 +122,19 @@ class Models:
 
     def door(self, name: str) -> Door:
         """Raises RequestError (404)."""
-        if name not in self._default:
-            raise RequestError(f"no such model: this endpoint has {', '.join(sorted(self._default)) or 'none'}", 404)
+        self._require(name)
         if name not in self._doors:
             self._doors[name] = Door(name, self.keys)
         return self._doors[name]
 
     def versions(self, name: str) -> dict[int, str]:
         """The state of each version, in TensorFlow Serving's words. Raises RequestError (404)."""
-        self.door(name)
+        self._require(name)
         return {v: "AVAILABLE" if (name, v) in self._loaded else "START" for v in self.registry.versions(name)}
+
+    def _require(self, name: str) -> None:
+        if name not in self._default:
+            raise RequestError(f"no such model: this endpoint has {', '.join(self.names) or 'none'}", 404)
 
     @property
     def names(self) -> list[str]:
@@ -185,7 +179,7 @@ class Models:
         for name in self.registry.names():
             try:
                 state = self.registry.state(name)
-                wanted = self.registry.resolve(name)
+                wanted = self.registry.resolve(name, state)
             except HeliographError as error:
                 log.error("%s", error)
                 continue

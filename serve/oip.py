@@ -22,13 +22,12 @@ import orjson
 
 from ..datasets.schema import Columns, Feature, column_from_array, column_from_bytes, listed
 from ..errors import RequestError
-from .messages import Answer, Ask, Identity, Request, json_answer, json_object, scores, top
+from .messages import LENGTH_HEADER, Answer, Ask, Identity, Request, input_shape, json_answer, json_object, scores, top
 
 DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
     "INT8": "i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
-LENGTH_HEADER = "inference-header-content-length"
 PLATFORM = "heliograph"
 NATIVE = {"number": "FP64", "time": "FP64", "list": "FP64", "tensor": "FP32", "text": "BYTES", "image": "BYTES"}
 
@@ -199,12 +198,8 @@ def server() -> Answer:
 
 
 def metadata(model: Identity, versions: list[int]) -> Answer:
-    inputs = [
-        {"name": f.name, "datatype": NATIVE[f.kind], "shape": [-1, *f.shape, *([-1] if f.kind == "list" else [])]}
-        for f in model.schema.features
-    ]
-    width = [len(model.schema.classes)] if model.schema.classes else []
-    outputs = [{"name": model.output, "datatype": "FP32", "shape": [-1, *width]}]
+    inputs = [{"name": f.name, "datatype": NATIVE[f.kind], "shape": input_shape(f)} for f in model.schema.features]
+    outputs = [{"name": model.output, "datatype": "FP32", "shape": model.output_shape}]
     found = {"name": model.name, "versions": [str(v) for v in versions], "platform": PLATFORM}
     return json_answer(200, found | {"inputs": inputs, "outputs": outputs})
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from ..errors import HeliographError, RegistryError, RolledBack
 from ..jobs.registry import PRODUCTION, Registry, Rollout, State
-from .metrics import Stats, quantile
+from .metrics import Stats, empty, quantile
 
 log = logging.getLogger("heliograph")
+REQUESTS = "request_seconds"
 LOOK_SECONDS = 1.0
 EARLY = 10
 """Requests after which a version that mostly fails needs no more of them."""
@@ -151,7 +152,6 @@ def share(now: Stats, base: Stats, name: str, version: int) -> Share:
     def count(stats: Stats, failed: bool) -> int:
         return sum(n for k, n in stats.requests.items() if k[:2] == key and (not failed or k[3].startswith("5")))
 
-    after = now.histograms["request_seconds"].get(key, [0.0] * 17)
-    before = base.histograms["request_seconds"].get(key, [0.0] * len(after))
+    after, before = (s.histograms[REQUESTS].get(key) or empty(REQUESTS) for s in (now, base))
     counts = [a - b for a, b in zip(after, before, strict=True)]
     return Share(count(now, False) - count(base, False), count(now, True) - count(base, True), quantile(counts, 0.99))

@@ -9,13 +9,14 @@ A row is `{feature: value}`, or the value alone where the model has one feature;
 Source: the project's `api_rest.md`, and `json_tensor.cc` where that is silent.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..datasets.schema import parse_columns, parse_instances
 from ..errors import RequestError
-from .messages import Answer, Ask, Identity, has_booleans, json_answer, json_object, scores, top
+from .messages import Answer, Ask, Identity, has_booleans, input_shape, json_answer, json_object, scores, top
 
 SIGNATURE = "serving_default"
 VERBS = ("predict", "classify", "regress")
@@ -48,32 +49,31 @@ def _rows(columns: dict[str, Any], model: Identity, key: str) -> Ask:
     return Ask(columns, len(next(iter(columns.values()))), render)
 
 
-def _examples(body: bytes, model: Identity) -> Ask:
+def _examples(body: bytes, model: Identity, results: Callable[[np.ndarray], Any]) -> Ask:
+    """results: of the outputs."""
     asked = _object(body)
     examples, context = asked.get("examples"), asked.get("context", {})
     if not isinstance(examples, list) or not isinstance(context, dict) or not all(isinstance(e, dict) for e in examples):
         raise RequestError('the body must be an object with "examples": a list of {feature: value}')
     columns = parse_instances([{**context, **e} for e in examples], model.schema, has_booleans(body))
-    return Ask(columns, len(examples), lambda outputs: json_answer(200, {"results": outputs}))
+    return Ask(columns, len(examples), lambda outputs: json_answer(200, {"results": results(outputs)}))
 
 
 def _classify(body: bytes, model: Identity) -> Ask:
     if not model.schema.classes:
         raise RequestError(f"`{model.name}` is a regression: ask it to :regress or :predict")
-    found = _examples(body, model)
     count = len(model.schema.classes)
-    found.render = lambda outputs: json_answer(
-        200, {"results": [[[label, score] for label, score, _ in row] for row in top(outputs, model.schema, count)]}
-    )
-    return found
+
+    def results(outputs: np.ndarray) -> Any:
+        return [[[label, score] for label, score, _ in row] for row in top(outputs, model.schema, count)]
+
+    return _examples(body, model, results)
 
 
 def _regress(body: bytes, model: Identity) -> Ask:
     if model.schema.classes:
         raise RequestError(f"`{model.name}` is a classification: ask it to :classify or :predict")
-    found = _examples(body, model)
-    found.render = lambda outputs: json_answer(200, {"results": scores(outputs, model.schema)})
-    return found
+    return _examples(body, model, lambda outputs: scores(outputs, model.schema))
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -93,12 +93,8 @@ def status(states: dict[int, str]) -> Answer:
 
 def metadata(model: Identity) -> Answer:
     """The signature as TensorFlow Serving has it; beside it our schema, which says more."""
-    features = {
-        f.name: _tensor(f.name, TYPES.get(f.kind, "DT_STRING"), [-1, *f.shape, *([-1] if f.kind == "list" else [])])
-        for f in model.schema.features
-    }
-    width = [len(model.schema.classes)] if model.schema.classes else []
-    outputs = {model.output: _tensor(model.output, "DT_FLOAT", [-1, *width])}
+    features = {f.name: _tensor(f.name, TYPES.get(f.kind, "DT_STRING"), input_shape(f)) for f in model.schema.features}
+    outputs = {model.output: _tensor(model.output, "DT_FLOAT", model.output_shape)}
     signature = {"inputs": features, "outputs": outputs, "method_name": "tensorflow/serving/predict"}
     spec = {"name": model.name, "signature_name": "", "version": str(model.version)}
     found = {"signature_def": {"signature_def": {SIGNATURE: signature}}, "schema": model.schema.model_dump(mode="json")}

@@ -43,14 +43,20 @@ def test_what_arrives_together_is_one_call_and_each_gets_its_own_rows():
     assert (requests, count, len(waited)) == (3, 6, 3)
 
 
+async def busy(engine: Engine) -> tuple[Batcher, asyncio.Future]:
+    """A batcher whose engine works on a first request."""
+    batcher = Batcher(engine, 10.0)
+    batcher.pace.add(1, engine.seconds)
+    first = batcher.submit(rows(1), 1)
+    await asyncio.sleep(0.01)
+    return batcher, first
+
+
 def test_while_a_slow_engine_works_requests_gather():
     engine = Engine(0.05)
 
     async def work():
-        batcher = Batcher(engine, 10.0)
-        batcher.pace.add(1, 0.05)
-        first = batcher.submit(rows(1), 1)
-        await asyncio.sleep(0.01)
+        batcher, first = await busy(engine)
         others = [batcher.submit(rows(i), 1) for i in range(5)]
         await asyncio.gather(first, *others)
 
@@ -108,10 +114,7 @@ def test_a_cancelled_request_is_not_run():
     engine = Engine(0.05)
 
     async def work():
-        batcher = Batcher(engine, 10.0)
-        batcher.pace.add(1, 0.05)
-        first = batcher.submit(rows(1), 1)
-        await asyncio.sleep(0.01)
+        batcher, first = await busy(engine)
         second = batcher.submit(rows(2), 1)
         second.cancel()
         await first
