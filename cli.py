@@ -18,28 +18,29 @@ from . import __version__, project
 from .errors import ProjectError
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the same way out as Ctrl-C."""
-
-
 class _Commands(TyperGroup):
     """Runs a command and turns what it raises into a line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        def terminate(*_: Any) -> None:
-            raise _Terminated
+        stopped: list[int] = []
 
-        signal.signal(signal.SIGTERM, terminate)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def stop(number: int, _: Any) -> None:
+            stopped.append(number)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            typer.echo("interrupted: the same command goes on from here", err=True)
-            code = 143 if isinstance(stop, _Terminated) else 130
         except (typer.Exit, typer.Abort, TyperException):
             raise
-        except Exception as error:
-            code = _say(error)
+        except (KeyboardInterrupt, Exception) as error:
+            # Ray may turn the interruption into an error of its own: an actor that died with it.
+            if stopped or isinstance(error, KeyboardInterrupt):
+                typer.echo("interrupted: the same command goes on from here", err=True)
+                code = 128 + (stopped or [signal.SIGINT])[0]
+            else:
+                code = _say(error)
         raise typer.Exit(code)
 
 
@@ -70,6 +71,7 @@ app = typer.Typer(
 )
 ProjectFolder = Annotated[Path, typer.Argument(help=f"A folder that holds a {project.FILE}.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run's folder (default: PROJECT/runs/default).")]
+Trust = Annotated[Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")]
 Port = Annotated[int | None, typer.Option(help="Listen on this port instead of the project's serve.port.", min=1, max=65535)]
 
 
@@ -114,9 +116,11 @@ def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None
     loaded = _with_port(project.load(folder), port)
     from .jobs import report
     from .jobs.display import Display, stage_table
-    from .jobs.run import execute, opened
+    from .jobs.run import execute, key_store, opened
     from .serve import first_request
+    from .serve.access import require_role
 
+    require_role(key_store(loaded, folder.resolve(), _run_folder(folder, run)), project.Verb.TRAIN, loaded.name)
     display = Display()
     with opened(_run_folder(folder, run), loaded.train.processes, display) as current:
         first_request.require_port(loaded, current)
@@ -131,8 +135,33 @@ def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None
 
 
 @app.command()
+def tune(folder: ProjectFolder, run: RunFolder = None) -> None:
+    """Search the keys that the project's `tune.space` names: Bayesian by default, each trial a training.
+
+    What is done is kept: the same command goes on where it was stopped, and more `trials` add to those there are. The best
+    configuration is written as a project that `heliograph run` trains to the end.
+
+    Example:  heliograph tune examples/digits
+    """
+    loaded = project.load(folder)
+    from .jobs.display import Display
+    from .jobs.run import key_store, opened
+    from .jobs.tune import space_of
+    from .jobs.tune import tune as search
+    from .serve.access import require_role
+
+    space_of(loaded)
+    held = _run_folder(folder, run)
+    require_role(key_store(loaded, folder.resolve(), held), project.Verb.TRAIN, loaded.name)
+    with opened(held, loaded.train.processes, Display()) as current:
+        lines = search(loaded, folder.resolve(), current)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
 def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
-    """Serve the project's registry on 127.0.0.1 until Ctrl-C: TensorFlow Serving's REST, Open Inference Protocol, sealed.
+    """Serve the project's registry until Ctrl-C: TensorFlow Serving's REST, Open Inference Protocol, sealed.
 
     The version in production answers (`heliograph deploy`), or the newest while none was deployed. Try it at /docs.
 
@@ -160,6 +189,31 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> No
 
 
 @app.command()
+def relay(
+    to: Annotated[str, typer.Argument(help="The endpoint's URL, such as http://127.0.0.1:8000.")],
+    port: Annotated[int, typer.Option(help="Listen on this port.", min=1, max=65535)] = 8080,
+) -> None:
+    """Hand sealed requests on to an endpoint, so that it does not learn who asks; until Ctrl-C.
+
+    Clients take the relay's URL for the endpoint's. It reads no request, passes on no address and no header, and logs nothing.
+    Run it apart from the endpoint: who runs both sees both.
+
+    Example:  heliograph relay http://127.0.0.1:8000 --port 8080
+    """
+    from .errors import EndpointError
+    from .serve.endpoint import check_port
+    from .serve.relay import run as relay_to
+
+    if not to.startswith(("http://", "https://")):
+        raise EndpointError(f"{to}: is no URL of an endpoint: write it with http:// or https://")
+    check_port(project.Serve(port=port))
+    typer.echo(f"relaying http://127.0.0.1:{port} to {to} (Ctrl-C ends it)")
+    with contextlib.suppress(KeyboardInterrupt):
+        relay_to(to, "127.0.0.1", port)
+    typer.echo("stopped", err=True)
+
+
+@app.command()
 def deploy(
     model: Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its newest version.")],
     project_folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {project.FILE}.")] = Path(),
@@ -167,6 +221,9 @@ def deploy(
     seconds: Annotated[float, typer.Option(help="It is judged for at least so long,", min=0)] = 60.0,
     requests: Annotated[int, typer.Option(help="and by at least so many requests.", min=1)] = 100,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until the verdict (exit code 2: rolled back).")] = True,
+    run: RunFolder = None,
+    url: Annotated[str | None, typer.Option(help="Ask this endpoint to, with HELIOGRAPH_TOKEN; no project is needed.")] = None,
+    trust: Trust = None,
 ) -> None:
     """Put a version into production: a share of the requests first, all of them once it has proved itself.
 
@@ -174,17 +231,31 @@ def deploy(
     --percent 100 it takes over at once. A running `heliograph serve` of the project does the work.
 
     Example:  heliograph deploy digits@2 --project examples/digits --percent 20
+              heliograph deploy digits@2 --url https://models.example:8000 --trust signing.pub
     """
-    loaded = project.load(project_folder)
-    from .jobs.registry import parse
-    from .jobs.run import registry
+    from .cluster.audit import Audit
+    from .jobs.registry import State, parse
     from .serve import rollout
 
-    models = registry(loaded, project_folder.resolve())
     name, version = parse(model)
+    if url:
+        from .serve.client import Client
+
+        with Client(url, name, trust=trust) as client:
+            begun = client.deploy(version=version, percent=percent, seconds=seconds, requests=requests)
+            rollout.follow(lambda: State.model_validate(client.rollout()), name, State.model_validate(begun), wait, typer.echo)
+        return
+    from .jobs.run import key_store, registry
+    from .serve.access import require_role
+
+    loaded = project.load(project_folder)
+    models = registry(loaded, project_folder.resolve())
+    keys = key_store(loaded, project_folder.resolve(), _run_folder(project_folder, run))
+    who = require_role(keys, project.Verb.PROMOTE if percent >= 100 else project.Verb.DEPLOY, name)
     version = version or max(models.versions(name), default=1)
     state = rollout.begin(models, name, version, percent, seconds, requests)
-    rollout.follow(models, name, state, wait, typer.echo)
+    Audit(keys).write("deploy", f"{name}@{version}", percent=percent, token=who)
+    rollout.follow(lambda: models.state(name), name, state, wait, typer.echo)
 
 
 @app.command()
@@ -194,9 +265,7 @@ def predict(
     url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
     out: Annotated[Path | None, typer.Option(help="Write predictions to this .csv or .jsonl; run again to go on.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of a request, of a file that is streamed.", min=1)] = 256,
-    trust: Annotated[
-        Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")
-    ] = None,
+    trust: Trust = None,
     plain: Annotated[bool, typer.Option("--plain", help="Send in clear instead of sealed.")] = False,
 ) -> None:
     """Send rows to an endpoint, sealed so that only the model's replica can read them, and print a line for each.
@@ -243,19 +312,178 @@ def rotate_keys(
     retire: Annotated[
         bool, typer.Option("--retire", help="Then remove the older keys. Other runs that share the store would lose theirs.")
     ] = False,
+    requests: Annotated[
+        bool, typer.Option("--requests", help="Make a new key for sealed requests instead; endpoints that run take it up.")
+    ] = False,
 ) -> None:
     """Make a new key, and wrap the data keys of a run's shards with it: no data is written again.
 
     Example:  heliograph rotate-keys examples/digits --retire
+              heliograph rotate-keys examples/digits --requests
     """
     loaded = project.load(folder)
     from .errors import RunError
     from .jobs.run import rotate_keys as rotate
+    from .jobs.run import rotate_request_key
 
     held = _run_folder(folder, run)
     if not held.is_dir():
         raise RunError(f"{held}: no such run: run `heliograph run {folder}` first")
-    typer.echo(rotate(loaded, folder.resolve(), held, retire))
+    typer.echo((rotate_request_key if requests else rotate)(loaded, folder.resolve(), held, retire))
+
+
+@app.command()
+def seal(folder: ProjectFolder, run: RunFolder = None) -> None:
+    """Put a finished run away: its folder becomes one sealed file (AES-256-GCM), its key store stays.
+
+    Example:  heliograph seal examples/digits; heliograph unseal examples/digits
+    """
+    from .jobs.archive import seal as put_away
+
+    typer.echo(put_away(_run_folder(folder, run), _keys(folder, run), _progress))
+
+
+@app.command()
+def unseal(folder: ProjectFolder, run: RunFolder = None) -> None:
+    """Take a run that was put away by `heliograph seal` out again.
+
+    Example:  heliograph unseal examples/digits
+    """
+    from .jobs.archive import unseal as take_out
+
+    typer.echo(take_out(_run_folder(folder, run), _keys(folder, run), _progress))
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Any:
+    """A bar of bytes on a terminal; yields what takes how many more are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    bar = Progress(TextColumn(what), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@app.command("guard-keys")
+def guard_keys(
+    folder: ProjectFolder,
+    run: RunFolder = None,
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="By a passphrase, in the file that HELIOGRAPH_PASSPHRASE_FILE names.")
+    ] = False,
+    kms: Annotated[str | None, typer.Option(help="By this key of AWS KMS: its id, ARN or alias/NAME.")] = None,
+    none: Annotated[bool, typer.Option("--none", help="By the system's permissions alone, as in the beginning.")] = False,
+) -> None:
+    """Lock the files of the key store by more than the system's permissions. Whoever uses a key then needs that too.
+
+    Example:  HELIOGRAPH_PASSPHRASE_FILE=/run/secrets/passphrase heliograph guard-keys . --passphrase
+              heliograph guard-keys . --kms alias/heliograph
+    """
+    import secrets
+
+    from .cluster.audit import Audit
+    from .errors import KeyStoreError
+
+    if sum((passphrase, kms is not None, none)) != 1:
+        raise KeyStoreError("guard-keys: name one of --passphrase, --kms KEY, --none")
+    keys = _keys(folder, run)
+    by = {"by": "kms", "key": kms} if kms else {"by": "passphrase", "salt": secrets.token_hex(16)} if passphrase else None
+    count = keys.guard_by(by)
+    Audit(keys).write("guard", by["by"] if by else "none")
+    typer.echo(
+        f"{keys.folder}: {count} keys are locked by {f'AWS KMS ({kms})' if kms else 'a passphrase' if by else 'permissions'}"
+    )
+
+
+tokens = typer.Typer(no_args_is_help=True, help="Who may ask an endpoint whose `serve.access` is `tokens`.")
+app.add_typer(tokens, name="token")
+
+
+@tokens.command("add")
+def token_add(
+    folder: ProjectFolder,
+    name: Annotated[str, typer.Option(help="Whose it is.")],
+    model: Annotated[list[str] | None, typer.Option(help="A model that it is for; again for more (default: all).")] = None,
+    verb: Annotated[list[project.Verb] | None, typer.Option(help="Of what; again for more (default: predict, read).")] = None,
+    days: Annotated[float | None, typer.Option(help="How long it is good for (default: until it is revoked).", min=0.001)] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, of each replica (default: any).", min=0.001)] = None,
+    run: RunFolder = None,
+) -> None:
+    """Make a token and print it: this once, for only its hash is kept. Endpoints that run take it at once.
+
+    Example:  export HELIOGRAPH_TOKEN=$(heliograph token add . --name alice --days 30)
+    """
+    made = _tokens(folder, run).add(name, model or [], verb or [project.Verb.PREDICT, project.Verb.READ], days, rate)
+    typer.echo(made)
+
+
+@tokens.command("list")
+def token_list(folder: ProjectFolder, run: RunFolder = None) -> None:
+    """Show the tokens there are, a JSON object a line; the tokens themselves are nowhere."""
+    for token in _tokens(folder, run).all():
+        typer.echo(token.model_dump_json(exclude={"sha256"}))
+
+
+@tokens.command("revoke")
+def token_revoke(
+    folder: ProjectFolder,
+    identity: Annotated[str, typer.Argument(help="Its id: what stands between the `_` of hg_ID_…")],
+    run: RunFolder = None,
+) -> None:
+    """Remove a token: the next request with it is refused."""
+    typer.echo(f"revoked: {_tokens(folder, run).revoke(identity).name}'s token {identity}")
+
+
+def _tokens(folder: Path, run: Path | None) -> Any:
+    from .serve.access import Tokens
+
+    return Tokens(_keys(folder, run))
+
+
+def _keys(folder: Path, run: Path | None) -> Any:
+    from .jobs.run import key_store
+
+    return key_store(project.load(folder), folder.resolve(), _run_folder(folder, run))
+
+
+@app.command("node-certificate")
+def node_certificate(
+    folder: ProjectFolder,
+    address: Annotated[str, typer.Argument(help="The node's IP address or host name.")],
+    run: RunFolder = None,
+) -> None:
+    """Make the certificate that a node of a Ray cluster shows to the others, and print what Ray on it needs (mutual TLS).
+
+    The authority that signs is made once, in the key store; a process without a certificate of it talks to no node.
+
+    Example:  heliograph node-certificate . 10.0.0.7 > node.env
+    """
+    from .cluster.tls import node_certificate as certificate
+
+    for name, value in certificate(_keys(folder, run), address).items():
+        typer.echo(f"{name}={value}")
+
+
+@app.command("verify-audit")
+def verify_audit(
+    folder: ProjectFolder,
+    run: RunFolder = None,
+    count: Annotated[int, typer.Option(help="Lines that were noted before: the log must still begin with them.", min=0)] = 0,
+    mac: Annotated[str, typer.Option(help="The last one's mac that was noted with them.")] = "",
+) -> None:
+    """Check that nobody changed the audit log: who deployed, served, rotated keys, made and revoked tokens, was refused.
+
+    Note what it prints somewhere else: with it, a log that was cut or written anew is found out too.
+
+    Example:  heliograph verify-audit . --count 12 --mac 5c0f…
+    """
+    from .cluster.audit import Audit
+
+    audit = Audit(_keys(folder, run))
+    lines, last = audit.verify(count, mac)
+    typer.echo(f"{audit.file}: {lines} lines, none changed" + (f"; to note: --count {lines} --mac {last}" if lines else ""))
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,9 @@
     ├── DataError                   the source, a column or a split is not usable
     ├── ModelError                  the user's model.py does not import, build or fit the schema
     ├── KeyStoreError               a key is missing, damaged or open to others
+    ├── AccessError                 somebody may not do what he asked for
+    ├── AuditError                  the audit log was changed
+    ├── SealError                   a sealed file was changed, cut, or put in another's place
     ├── BundleError                 a bundle is incomplete or of another format
     │   └── SignatureError          … or was changed, or signed by somebody else
     ├── RegistryError               a model or version that the registry does not have
@@ -37,6 +40,15 @@ class ModelError(HeliographError): ...
 
 
 class KeyStoreError(HeliographError): ...
+
+
+class AccessError(HeliographError): ...
+
+
+class AuditError(HeliographError): ...
+
+
+class SealError(HeliographError): ...
 
 
 class BundleError(HeliographError): ...

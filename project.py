@@ -8,7 +8,9 @@ which key is wrong and the node map says where it stands.
 """
 
 import difflib
+import ipaddress
 import itertools
+from enum import StrEnum
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -380,6 +382,8 @@ class Train(Section):
     export: Literal["last", "best"] = "last"
     """Which weights become the bundle."""
     checkpoint: Checkpoint = Checkpoint()
+    encrypt: bool = False
+    """Seal checkpoints, models and the bundle at rest (AES-256-GCM); replicas open them in memory."""
     on_anomaly: Literal["warn", "stop", "rollback"] = "warn"
     """`rollback` goes back to the last good checkpoint and lowers the learning rate."""
     watch: Watch = Watch()
@@ -420,7 +424,7 @@ class Replicas(Section):
     """0: none while nobody asks; the first request then waits for a cold start"""
     max: Annotated[int, Field(ge=1)]
     target: Annotated[float, Field(gt=0)] = 16.0
-    """requests in flight that a replica shall have on average"""
+    """requests in flight that a replica shall have on average; one that computes half of the time has as many at least"""
     up_seconds: Annotated[float, Field(ge=0)] = 2.0
     down_seconds: Annotated[float, Field(ge=0)] = 60.0
 
@@ -431,14 +435,36 @@ class Replicas(Section):
         return self
 
 
+class Verb(StrEnum):
+    """What an access token is for: to ask a model; to read what there is (models, metadata, the pages); to read the counts; to
+    train and publish versions; to put a version into production by a rollout that is judged; to do so at once."""
+
+    PREDICT = "predict"
+    READ = "read"
+    METRICS = "metrics"
+    TRAIN = "train"
+    DEPLOY = "deploy"
+    PROMOTE = "promote"
+
+
+class Jwt(Section):
+    """of an identity provider, beside tokens of our own"""
+
+    issuer: str
+    audience: str
+    keys: str
+    """its public keys (JWKS): an https:// URL, or a file, relative to the key store's folder"""
+
+
 class Serve(Section):
     host: str = "127.0.0.1"
+    """an address of another interface, or 0.0.0.0 for all, needs `tls` and `access: tokens`"""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas: Annotated[int, Field(ge=1)] | Replicas = 1
     per_node: Annotated[int, Field(ge=1)] | None = None
     """replicas on one node at most"""
     cpus: Annotated[float, Field(ge=0)] = 0.0
-    """CPUs that a replica reserves"""
+    """CPUs that a replica reserves, and threads of its engine; below 1 the replicas share the machine's cores"""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs that a replica reserves; a fraction shares one"""
     engine: Literal["auto", "onnx", "litert", "tensorflow", "keras"] = "auto"
@@ -447,19 +473,110 @@ class Serve(Section):
     """what a request may take; more requests than can be answered within it are refused with 503"""
     models: Annotated[int, Field(ge=1)] = 4
     """models and versions that a replica holds; the least recently used goes"""
-    encrypted: Literal["accepted", "required"] = "accepted"
-    """`required` refuses every request in clear."""
+    encrypted: Literal["accepted", "required", "off"] = "accepted"
+    """`required` refuses every request in clear, `off` every sealed one"""
+    tls: bool = False
+    """https, with `tls.crt` and `tls.key` of the key store's folder, taken up again whenever they change"""
+    access: Literal["open", "tokens"] = "open"
+    """`tokens`: each request needs one that `heliograph token add` made"""
+    jwt: Jwt | None = None
+    """JSON web tokens of this issuer count as tokens, too"""
+    replays: Literal["answered", "refused"] = "answered"
+    """`refused`: a sealed request is answered once, by whichever replica; clients' clocks must be right to a minute"""
+    key_grace_seconds: Annotated[float, Field(gt=0)] = 86_400.0
+    """how long a key still opens requests after `rotate-keys --requests` made a newer one"""
 
     @property
     def most_replicas(self) -> int:
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
+    @model_validator(mode="after")
+    def _tokens_for_jwt(self):
+        if self.jwt and self.access != "tokens":
+            raise ValueError("jwt: is read where access is `tokens` only")
+        return self
+
     @field_validator("host")
     @classmethod
-    def _only_loopback(cls, host: str) -> str:
-        if host not in ("127.0.0.1", "localhost"):
-            raise ValueError("only 127.0.0.1 is served: an endpoint has no access control of its own yet")
-        return "127.0.0.1"
+    def _is_an_address(cls, host: str) -> str:
+        host = "127.0.0.1" if host == "localhost" else host
+        try:
+            return str(ipaddress.IPv4Address(host))
+        except ValueError:
+            raise ValueError("should be an IPv4 address of this machine, such as 127.0.0.1, or 0.0.0.0 for all") from None
+
+    @model_validator(mode="after")
+    def _public_is_guarded(self):
+        lacks = [name for name, there in (("tls: true", self.tls), ("access: tokens", self.access == "tokens")) if not there]
+        if lacks and self.host != "127.0.0.1":
+            raise ValueError(f"host is {self.host}, which others can reach: that needs {' and '.join(lacks)} beside it")
+        if self.access == "tokens" and self.encrypted == "off" and not self.tls:
+            raise ValueError("access is tokens, encrypted is off and tls is off: tokens would travel in clear: set `tls: true`")
+        return self
+
+
+Value = bool | int | float | str
+
+
+class Range(Section):
+    """one of `uniform`, `log_uniform`, `integer`: [low, high], or `choice`: [...]"""
+
+    uniform: list[float] | None = None
+    log_uniform: list[float] | None = None
+    integer: list[int] | None = None
+    choice: list[Value] | None = None
+    log: bool = False
+    """Of whole numbers: as many trials between 1 and 10 as between 10 and 100."""
+    step: Annotated[float, Field(gt=0)] | None = None
+    """Between values, from the lowest on."""
+    when: dict[str, list[Value]] = {}
+    """Values of other searched keys that this one is searched for; otherwise it stays as the project has it."""
+
+    @model_validator(mode="after")
+    def _is_one_range(self):
+        given = [name for name in ("uniform", "log_uniform", "integer", "choice") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("a range is one of uniform, log_uniform, integer (each [low, high]) or choice")
+        if self.choice is not None:
+            if len(set(map(repr, self.choice))) < max(1, len(self.choice)):
+                raise ValueError("choice: name values, each once")
+            return self
+        ends = self.uniform or self.log_uniform or self.integer or []
+        if len(ends) != 2 or not ends[0] < ends[1]:
+            raise ValueError(f"{given[0]}: a range is [low, high] with low < high: this one is empty")
+        if (self.log_uniform or self.log) and ends[0] <= 0:
+            raise ValueError(f"{given[0]}: starts at {ends[0]:g}, which has no logarithm: start above 0")
+        if self.step and self.step > ends[1] - ends[0]:
+            raise ValueError(f"step is {self.step:g}, more than the range is long")
+        return self
+
+
+class Tune(Section):
+    """What `heliograph tune` searches, and how."""
+
+    space: dict[str, Range]
+    """key of the project file, such as `train.optimizer.learning_rate` or `model.hp.units`, to its range"""
+    constraints: list[str] = []
+    """such as `model.hp.units >= model.hp.units2`; every trial keeps them"""
+    search: Literal["bayesian", "tpe", "random", "grid"] = "bayesian"
+    metric: str | None = None
+    """what is best (default: `val_accuracy`, or `val_loss` for regression)"""
+    mode: Literal["max", "min"] | None = None
+    """default: min for losses and errors, max for everything else"""
+    trials: Annotated[int, Field(ge=1)] = 20
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """no trial begins after so many"""
+    improvement: Annotated[float, Field(ge=0)] = 0.0
+    """ends when no more is expected, in deviations of what was found (0.01 is little); 0 does not end it"""
+    parallel: Annotated[int, Field(ge=1)] | None = None
+    """trials at a time (default: what the cluster holds, 4 at most)"""
+    scheduler: Literal["none", "asha", "median"] = "none"
+    """`asha` and `median` stop trials that are behind after some epochs"""
+    grace: Annotated[int, Field(ge=1)] = 3
+    """epochs that a trial has before a scheduler may stop it"""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """trials whose checkpoints stay, the best"""
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
@@ -474,6 +591,7 @@ class Project(Section):
     model: Model = Model()
     train: Train = Train()
     serve: Serve = Serve()
+    tune: Tune | None = None
     keys: str | None = None
     """A folder of keys (default: `keys` in the run's folder)."""
     registry: str = "registry"

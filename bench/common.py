@@ -1,8 +1,12 @@
 """What every benchmark does: repeat in turn, print each repeat, end with one JSON line."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +33,39 @@ def answer(process: subprocess.Popen) -> dict:
     if process.returncode:
         raise SystemExit(f"{process.args}: ended with {process.returncode}")
     return json.loads(out.splitlines()[-1])
+
+
+def publish(folder: Path, name: str, classes: int, width: int, model: bytes) -> None:
+    """Sign an ONNX model, input `x` `[n, width]`, output `[n, classes]`, into the registry of a project's folder."""
+    from heliograph.cluster.keys import KeyStore
+    from heliograph.datasets.preprocess import Preprocessing
+    from heliograph.datasets.schema import Feature, Schema
+    from heliograph.jobs import bundle
+    from heliograph.jobs.registry import Registry
+
+    feature = Feature(name="x", kind="tensor", shape=(width,))
+    labels = tuple(range(classes))
+    schema = Schema(task="classification", target="y", classes=labels, features=(feature,), inputs={"x": (width,)})
+    with tempfile.TemporaryDirectory(dir=folder) as temp:
+        parts, made = Path(temp, "parts"), Path(temp, "bundle")
+        parts.mkdir()
+        made.mkdir()
+        (parts / "schema.json").write_text(schema.model_dump_json())
+        (parts / "preprocess.json").write_text(Preprocessing(inputs={"x": ("x",)}).model_dump_json())
+        (parts / "metrics.json").write_text("{}")
+        (parts / "model.onnx").write_bytes(model)
+        bundle.make(made, name, {}, sorted(parts.iterdir()), KeyStore(folder / "runs" / "default" / "keys"))
+        Registry(folder / "registry").add(name, made)
+
+
+def end(process: subprocess.Popen, seconds: float) -> None:
+    """Interrupt a server that leads a process group of its own; what is left of the group after some seconds is killed."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def finish(figures: dict) -> None:

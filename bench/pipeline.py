@@ -81,7 +81,7 @@ def job(folder: Path, code: str, **pipeline: Any):
     train = Train(epochs=1000, batch_size=BATCH, optimizer=Optimizer(name="sgd", learning_rate=RATE), metrics=[])
     train = train.model_copy(update={"pipeline": Pipeline(stages=2, micro_batches=MICRO, **pipeline)})
     run = Path(tempfile.mkdtemp(dir=folder))
-    return Job("bench", train, Model(), folder, folder / "prepared", None, run, BATCH)
+    return Job("bench", train, Model(), folder, folder / "prepared", None, run, batch_size=BATCH)
 
 
 class One:

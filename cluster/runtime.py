@@ -32,7 +32,7 @@ from ..errors import HeliographError
 from . import haproxy
 
 PREFIX = "heliograph-"
-TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path("/tmp")
+TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path("/tmp")  # noqa: S108  folders in it are mkdtemp's
 """Short, since HAProxy's socket lies below it, under a folder named by a node's 56 hex digits, and 107 bytes are all
 that a Unix socket's path may have."""
 LOOPBACK = "127.0.0.1"
@@ -84,7 +84,20 @@ class LocalCluster:
         if ray.is_initialized():
             raise HeliographError("this process is connected to a Ray already: run heliograph in a process of its own")
         with _signal_handlers_kept():
-            context: Any = ray.init(
+            context = self._init() or self._init(must=True)
+        # Train's own helpers connect by themselves, and would meet another Ray of the machine.
+        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        quieten()
+
+    def _init(self, must: bool = False) -> Any:
+        """Start Ray's processes; None where a busy machine did not in the 30 seconds that Ray waits."""
+        import ray
+
+        try:
+            return ray.init(
                 address="local",
                 num_cpus=self.cpus,
                 object_store_memory=self.object_store_bytes,
@@ -94,27 +107,33 @@ class LocalCluster:
                 _temp_dir=str(self.temp / "ray"),
                 _node_ip_address=LOOPBACK,
             )
-        # Train's own helpers connect by themselves, and would meet another Ray of the machine.
-        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-        import ray.data
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            self._end_processes()
+            if must:
+                raise HeliographError(
+                    "Ray did not start within 30 s, twice: this machine has too much to do now: try again"
+                ) from None
+            return None
 
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        quieten()
+    def _end_processes(self) -> None:
+        import ray
+
+        ours = set(psutil.Process().children(recursive=True)) - self.strangers
+        ray.shutdown()
+        _, alive = psutil.wait_procs(ours, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
 
     def stop(self) -> None:
         """End every process of this Ray and remove its folder."""
         if not self.running:
             return
-        import ray
-
         with _uninterrupted():
-            ours = set(psutil.Process().children(recursive=True)) - self.strangers
-            ray.shutdown()
-            _, alive = psutil.wait_procs(ours, timeout=5)
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(alive, timeout=5)
+            self._end_processes()
             shutil.rmtree(self.temp, ignore_errors=True)
             os.environ.clear()
             os.environ.update(self.environment)
@@ -143,8 +162,9 @@ def _environment(temp: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(temp / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(temp),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(temp / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        # Below the ports that the system hands out, any of which another process may have by the time that HAProxy starts.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(first + REPLICA_PORTS - 1),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + REPLICA_PORTS - 2),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # A log line of each request, read by a Python process, costs a tenth of the throughput; replicas count themselves.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
@@ -152,11 +172,12 @@ def _environment(temp: Path) -> dict[str, str]:
         # A replica that dies with a request in hand: the proxy sends the request to another one.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_RETRIES": "5",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Replicas' ports in a range of our own: another Ray's replica on one of them would be taken for ours.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 3),
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
@@ -184,7 +205,7 @@ def keep_on_loopback() -> None:
     are ours, so the kernel lets us (Linux 5.7, or root before).
     """
     for connection in psutil.Process().net_connections("inet"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("0.0.0.0", "::"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("0.0.0.0", "::"):  # noqa: S104  what is looked for, to refuse it
             with socket.socket(fileno=os.dup(connection.fd)) as listening:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
 

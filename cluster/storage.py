@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 from ..errors import RunError
 
+IN_MEMORY = Path("/dev/shm")  # noqa: S108  folders in it are mkdtemp's
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Publish `data` at `path`: a reader sees the old content or the new, never a part."""
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Publish `data` at `path`: a reader sees the old content or the new, never a part. mode: what the umask leaves of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with aside.open("wb") as file:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +35,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
+
+
+@contextmanager
+def in_memory(content: bytes, name: str) -> Iterator[Path]:
+    """A path for what reads only files, to bytes that are on no disk."""
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        file = Path(folder) / name
+        file.write_bytes(content)
+        yield file
 
 
 @contextmanager

@@ -7,7 +7,8 @@ on does not depend on `W`: two workers make the batches that one makes, each its
 
 Shuffling: a shard's row groups are drawn in an order of their own, and the rows inside each, by (seed, epoch, shard).
 
-A Ray task reads a window (a row group of each of the worker's shards), or several where they are small; decrypts, shuffles
+Where a worker's part is small, the worker reads it once, keeps it in memory and shuffles it there. Else a Ray task reads a
+window (a row group of each of the worker's shards), or several where they are small; decrypts, shuffles
 and interleaves; and hands over arrays in the order of consumption, of which the worker takes zero-copy views. Three tasks
 are ahead of it, over the borders of epochs. They are plain tasks and not a Ray Dataset: that would plan every task before
 the first one runs (minutes for a hundred thousand), ask for CPUs that the workers may hold already, and book them with the
@@ -27,6 +28,9 @@ from ..project import Augment
 from . import augment, shards
 from .schema import Schema
 from .shards import TARGET, WEIGHT, Manifest, SplitName
+
+Kept = dict[tuple[int, int], dict[str, np.ndarray]]
+"""The columns of row groups, by (shard, group)."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,17 @@ class Part:
         """This worker's rows of one window of an epoch, in the order of their positions."""
         return self.read_windows([(window, epoch)])
 
-    def read_windows(self, windows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """The same of several (window, epoch), one after the other. Each row is copied once, to where it belongs."""
+    def read_windows(self, windows: list[tuple[int, int]], kept: Kept | None = None) -> dict[str, np.ndarray]:
+        """The same of several (window, epoch), one after the other. Each row is copied once, to where it belongs.
+
+        kept: row groups that were read before, and where those read now are put."""
         found: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         """For each row group its columns, and the place of each of its rows among all that are read."""
         total = 0
         for window, epoch in windows:
             lanes, positions = [], []
             for lane in self._mine:
-                columns, order = self._read_group(lane, window, epoch)
+                columns, order = self._read_group(lane, window, epoch, kept)
                 if columns:
                     place = np.empty(len(order), np.int64)
                     place[order] = np.arange(len(order))
@@ -135,18 +141,22 @@ class Part:
                 out[name][places] = columns[name]
         return out
 
-    def _read_group(self, lane: int, window: int, epoch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _read_group(self, lane: int, window: int, epoch: int, kept: Kept | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """A row group of a shard, and the order that its rows are taken in; nothing where the shard has no such window."""
-        file = self.folder / self._shards[lane].file
-        with shards.open_shard(file, self.keys) as shard:
-            groups = shard.num_row_groups
-            if window >= groups:
-                return {}, np.empty(0, np.int64)
-            group = window
-            if self.seed is not None and window < groups - 1:
-                # The last group may be shorter: it stays last, so that positions hold.
-                group = int(np.random.default_rng((self.seed, epoch, lane)).permutation(groups - 1)[window])
-            columns = shards.read_rows(shard, file, [group])
+        groups = -(-self._shards[lane].rows // self.manifest.window)
+        if window >= groups:
+            return {}, np.empty(0, np.int64)
+        group = window
+        if self.seed is not None and window < groups - 1:
+            # The last group may be shorter: it stays last, so that positions hold.
+            group = int(np.random.default_rng((self.seed, epoch, lane)).permutation(groups - 1)[window])
+        columns = kept.get((lane, group)) if kept is not None else None
+        if columns is None:
+            file = self.folder / self._shards[lane].file
+            with shards.open_shard(file, self.keys) as shard:
+                columns = shards.read_rows(shard, file, [group])
+            if kept is not None:
+                kept[lane, group] = columns
         order = np.arange(len(columns[TARGET]))
         if self.seed is not None:
             order = np.random.default_rng((self.seed, epoch, lane, group + 1)).permutation(order)
@@ -174,6 +184,8 @@ class Block:
 BLOCK_STEPS = 32
 BLOCK_BYTES = 4 << 20
 """The most that one block spans: so that many small steps cost one call, and large ones little memory."""
+KEPT_BYTES = 128 << 20
+"""The largest part of a split that a worker keeps in its memory."""
 TASK_BYTES = 32 << 20
 """What a task reads at least: small windows, of several epochs where an epoch is small, share one."""
 TASKS_AHEAD = 3
@@ -227,27 +239,39 @@ def _take(held: list[dict[str, np.ndarray]], rows: int) -> tuple[dict[str, np.nd
 
 
 def _views(part: Part, first: int, end: int) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of this worker's rows from step `first` to `end`, as views of what the tasks read."""
-    import ray
-
+    """Columns of this worker's rows from step `first` to `end`, as views of what was read."""
     epoch, position = first // part.steps, part.edge(first % part.steps)
     window = position // part.window_positions
     skipped = part.rows_before(position) - part.rows_before(window * part.window_positions)
-    start, units = epoch * part.windows + window, -(-end // part.steps) * part.windows
-    units_of_a_task = max(1, TASK_BYTES // max(1, min(part.window_positions, part.rows) * part.row_bytes // part.workers))
-    # No CPU is asked for: the workers may hold all there are, and would wait for ever for rows.
-    read = ray.remote(_read).options(num_cpus=0)
-    begins = range(start, units, units_of_a_task)
-    tasks = (read.remote(part, begin, min(begin + units_of_a_task, units)) for begin in begins)
-    ahead = collections.deque(itertools.islice(tasks, TASKS_AHEAD))
-    while ahead:
-        columns = ray.get(ahead.popleft())
-        ahead.extend(itertools.islice(tasks, 1))
+    units = range(epoch * part.windows + window, -(-end // part.steps) * part.windows)
+    small = part.rows * part.row_bytes // part.workers <= KEPT_BYTES
+    for columns in (_from_memory if small else _by_tasks)(part, units):
         if columns:
             yield {name: values[skipped:] for name, values in columns.items()}
             skipped = 0
 
 
-def _read(part: Part, begin: int, end: int) -> dict[str, np.ndarray]:
-    """The windows from `begin` to `end`, counted over all epochs."""
-    return part.read_windows([(unit % part.windows, unit // part.windows + 1) for unit in range(begin, end)])
+def _from_memory(part: Part, units: range) -> Iterator[dict[str, np.ndarray]]:
+    """The windows `units`, counted over all epochs, each read in the first one only."""
+    kept: Kept = {}
+    for unit in units:
+        yield _read(part, range(unit, unit + 1), kept)
+
+
+def _by_tasks(part: Part, units: range) -> Iterator[dict[str, np.ndarray]]:
+    """The same, read by Ray tasks."""
+    import ray
+
+    each = max(1, TASK_BYTES // max(1, min(part.window_positions, part.rows) * part.row_bytes // part.workers))
+    # No CPU is asked for: the workers may hold all there are, and would wait for ever for rows.
+    read = ray.remote(_read).options(num_cpus=0)
+    tasks = (read.remote(part, units[at : at + each]) for at in range(0, len(units), each))
+    ahead = collections.deque(itertools.islice(tasks, TASKS_AHEAD))
+    while ahead:
+        columns = ray.get(ahead.popleft())
+        ahead.extend(itertools.islice(tasks, 1))
+        yield columns
+
+
+def _read(part: Part, units: range, kept: Kept | None = None) -> dict[str, np.ndarray]:
+    return part.read_windows([(unit % part.windows, unit // part.windows + 1) for unit in units], kept)

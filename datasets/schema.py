@@ -473,7 +473,9 @@ def _plain_numbers(values: list[Any], feature: Feature) -> np.ndarray | None:
         found = np.asarray(values)
     except (ValueError, OverflowError):
         return None
-    if found.dtype.kind not in "iuf" or found.shape[1:] != feature.shape or not (np.abs(found) <= LARGEST).all():
+    if found.dtype.kind not in "iuf" or found.shape[1:] != feature.shape:
+        return None
+    if not -LARGEST <= found.min() <= found.max() <= LARGEST:  # not of a NaN either
         return None
     return found.astype(np.float64 if feature.kind == "number" else np.float32)
 

@@ -6,7 +6,9 @@
   say that it is no single odd batch: the median of three steps, and a one-sided CUSUM (Page, 1954), in which a weak fault
   adds up. An Isolation Forest (Liu, Ting, Zhou, 2008), fitted on the training's own sound steps, says whether such a point is
   like those; a small autoencoder says the same of the last eight steps as a whole.
-- A gradient that dies: its norm falls to a thousandth.
+- A gradient that dies: its norm falls to a thousandth, at once while the loss stays, for `ALL` steps where it falls too (inputs
+  that are far too large make a converged model certain of everything).
+- A learning rate that jumps: where a model has converged, the loss shows it only many steps later.
 
 Either model alone cries wolf on heavy tails, so a step is an anomaly when one of them finds it strange *and* it lies far out.
 Logarithms are of the value plus a tenth of what it was at first: a loss that is as good as zero may double in peace.
@@ -19,16 +21,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .steps import FINITE, LOSS, NORM
+from .steps import FINITE, LOSS, NORM, RATE
 
 WINDOW, LEAST = 128, 48
 """Sound steps that a step is held against, at most and at least."""
-REFIT = 256
+REFIT = 1024
+"""Sound steps after which the models are fitted anew, once there are so many; until then each time that they have doubled."""
+RECENTRE = 8
+"""Sound steps for which a median and a deviation hold."""
 SPAN = 8
 """Steps of the autoencoder's window."""
-FAR, FAR_SUM, MOST = (4.5, 6.5), (11.0, 16.0), (10.0, 6.0)
-"""How far out a point must lie, of loss and gradient, and of times, which stutter by themselves: the median of three, in
-deviations; the CUSUM, in deviations added up; and the most that one step adds to it."""
+FAR, FAR_ALL, FAR_SUM, MOST = (4.5, 6.5), (3.2, 2.6), (11.0, 16.0), (10.0, 6.0)
+"""How far out a point must lie, of loss and gradient, and of times, which stutter by themselves: the median of three and the
+least of `ALL`, in deviations; the CUSUM, in deviations added up; and the most that one step adds to it."""
+ALL = 4
 DRIFT = 1.2
 """What a step takes from the CUSUM."""
 HELD = 16
@@ -37,6 +43,8 @@ QUIET = 25
 """Steps after an anomaly in which its kind is not reported again."""
 MOST_HISTORY = 1024
 DEAD = 1e-3
+JUMP = 3.0
+"""A learning rate above so many times the most that it has been: schedules rise step by step, and restart below their top."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,12 @@ class Anomaly:
     """Whether it harms the model (a slow rank does not)."""
 
 
+def load_models() -> None:
+    """Import scikit-learn before the first models are due: it takes seconds."""
+    import sklearn.ensemble
+    import sklearn.neural_network  # noqa: F401
+
+
 class Detector:
     """`see` takes the signals of the next steps and says what is wrong in them."""
 
@@ -57,22 +71,28 @@ class Detector:
         self.names = ["loss", "gradient", *(f"time {rank}" for rank in range(ranks))]
         self._raw: deque[np.ndarray] = deque(maxlen=WINDOW)
         """Logarithms of sound steps."""
+        self._stale = 0
+        """How many of them came since the last median."""
         self._z: deque[np.ndarray] = deque(maxlen=SPAN)
         """z-scores of the last steps, sound or not."""
         self._points: deque[np.ndarray] = deque(maxlen=MOST_HISTORY)
         self._windows: deque[np.ndarray] = deque(maxlen=MOST_HISTORY)
         self._first: list[np.ndarray] = []
-        self._since_fit = 0
+        self._learned, self._due = 0, 2 * LEAST
+        self._centre = self._spread = np.zeros(0)
         self._sum = np.zeros(len(self.names))
         times = len(self.names) - 2
-        self._far_median, self._far_sum, self._most = (
-            np.array([m, m, *[t] * times]) for m, t in (FAR, FAR_SUM, MOST)
+        self._far_median, self._far_all, self._far_sum, self._most = (
+            np.array([m, m, *[t] * times]) for m, t in (FAR, FAR_ALL, FAR_SUM, MOST)
         )  # fmt: skip
         self._held: deque[tuple[int, np.ndarray]] = deque()
         self._least = np.array([0.08, 0.08, *[0.04] * times])
         """The least deviation of each logarithm that counts."""
         self._forest = self._coder = None
         self._quiet: dict[str, int] = {}
+        self._dying = 0
+        """Steps in a row without a gradient to speak of."""
+        self._top_rate = 0.0
 
     def see(self, done: int, own: np.ndarray, seconds: np.ndarray) -> list[Anomaly]:
         """Steps `done + 1`, `done + 2`, …: own is `[steps, OWN]`, seconds `[steps, ranks]` of `steps.Signals`."""
@@ -100,14 +120,15 @@ class Detector:
         if self.ranks > 1:  # against the other ranks: whatever slows all of them is not a rank's fault
             time = np.array([time[r] - np.median(np.delete(time, r)) for r in range(self.ranks)])
         raw = np.concatenate([np.log(np.abs(values) + floor), time])
+        jumped = own[RATE] > JUMP * self._top_rate
+        self._top_rate = max(self._top_rate, float(own[RATE]))
         if len(self._raw) < LEAST:
-            self._raw.append(raw)
+            self._keep(raw)
             return []
-        history = np.array(self._raw)
-        centre = np.median(history, axis=0)
-        mad = 1.4826 * np.median(np.abs(history - centre), axis=0)
-        tail = (np.quantile(history, 0.97, axis=0) - centre) / 1.88
-        z = np.clip((raw - centre) / np.maximum(np.maximum(mad, tail), self._least), -1.0, self._most)
+        if self._stale >= RECENTRE or not len(self._centre):
+            self._recentre()
+        centre = self._centre
+        z = np.clip((raw - centre) / self._spread, -1.0, self._most)
         self._z.append(z)
         self._sum = np.maximum(0.0, self._sum + z - DRIFT)
         recent = np.array(self._z)
@@ -116,10 +137,13 @@ class Detector:
         far = self._judge(point, recent)
         sound = (z < 5.0).all() and (self._sum < self._far_sum / 2).all()
         if sound:
-            self._raw.append(raw)
+            self._keep(raw)
             self._learn(point, recent)
         found = []
-        if own[NORM] < DEAD * np.exp(centre[1]) and own[LOSS] > 0.5 * np.exp(centre[0]):
+        if jumped:
+            found += self._say(step, "rate", f"the learning rate jumped to {own[RATE]:.3g}", True)
+        self._dying = self._dying + 1 if own[NORM] < DEAD * (np.exp(centre[1]) - floor[1]) else 0
+        if self._dying == ALL or (own[NORM] < DEAD * np.exp(centre[1]) and own[LOSS] > 0.5 * np.exp(centre[0])):
             found += self._say(step, "gradient", f"the gradient dies: its norm is {own[NORM]:.2g}", True)
         if far is not None:
             found += self._name(step, far, own, seconds, centre)
@@ -128,13 +152,26 @@ class Detector:
         elif not sound:
             self._held.append((step, raw))
         while self._held and self._held[0][0] <= step - HELD:
-            self._raw.append(self._held.popleft()[1])
+            self._keep(self._held.popleft()[1])
         return found
+
+    def _keep(self, raw: np.ndarray) -> None:
+        self._raw.append(raw)
+        self._stale += 1
+
+    def _recentre(self) -> None:
+        history, self._stale = np.array(self._raw), 0
+        self._centre = np.median(history, axis=0)
+        mad = 1.4826 * np.median(np.abs(history - self._centre), axis=0)
+        tail = (np.quantile(history, 0.97, axis=0) - self._centre) / 1.88
+        self._spread = np.maximum(np.maximum(mad, tail), self._least)
 
     def _judge(self, point: np.ndarray, recent: np.ndarray) -> int | None:
         """The signal that lies furthest out, if it lies far and a model finds the point strange."""
         count = len(self.names)
         over = np.maximum(point[:count] / self._far_median, point[count:] / self._far_sum)
+        if len(recent) >= ALL:
+            over = np.maximum(over, recent[-ALL:].min(axis=0) / self._far_all)
         furthest = int(np.argmax(over))
         if over[furthest] < 1:
             return None
@@ -149,14 +186,13 @@ class Detector:
         self._points.append(point)
         if len(recent) == SPAN:
             self._windows.append(recent.reshape(-1))
-        self._since_fit += 1
-        due = REFIT if self._forest else 2 * LEAST
-        if self._since_fit < due or len(self._windows) < LEAST:
+        self._learned += 1
+        if self._learned < self._due or len(self._windows) < LEAST:
             return
         from sklearn.ensemble import IsolationForest
         from sklearn.neural_network import MLPRegressor
 
-        self._since_fit = 0
+        self._due = self._learned + min(self._learned, REFIT)
         points, windows = np.array(self._points), np.clip(np.array(self._windows), -6, 6)
         self._forest = IsolationForest(n_estimators=64, random_state=0).fit(points)  # of 256 samples each, as in the paper
         self._forest_bound = np.quantile(self._forest.score_samples(points), 0.02)

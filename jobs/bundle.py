@@ -8,6 +8,7 @@
     model.onnx       … as ONNX Runtime runs it
     model.tflite     … as LiteRT runs it, where the model converts
     model.sig        OpenSSF Model Signing over all of the above (EC P-256)
+    key.wrapped      where the project says `train.encrypt`: all of the above but bundle.json are sealed (`cluster.sealed`)
 
 Nothing of a bundle is parsed before its signature has been checked against a key that the reader already trusts; a byte
 more, less or other, in any file, and it is refused.
@@ -19,7 +20,8 @@ from typing import Any
 
 from .. import __version__
 from ..cluster.keys import KeyStore
-from ..cluster.storage import read_json, write_json
+from ..cluster.sealed import KEY_FILE, Seal, create
+from ..cluster.storage import in_memory, read_json, write_json
 from ..errors import BundleError, SignatureError
 
 SIGNATURE = "model.sig"
@@ -27,17 +29,24 @@ FORMAT = 1
 
 
 def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], keys: KeyStore) -> None:
-    """Copy `parts` into `folder`, describe and sign them."""
+    """Copy `parts` into `folder`, describe and sign them. Where some of them are sealed, all are, with the same key."""
     from model_signing import signing
 
+    sealed = next((part.parent for part in parts if (part.parent / KEY_FILE).exists()), None)
+    if sealed:
+        shutil.copyfile(sealed / KEY_FILE, folder / KEY_FILE)
+    seal = Seal.of(folder, keys)
     for part in parts:
-        shutil.copyfile(part, folder / part.name)
+        if part.parent == sealed:
+            shutil.copyfile(part, folder / part.name)
+        else:
+            with create(folder / part.name, seal) as out:
+                out.write(part.read_bytes())
     note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage}
     write_json(folder / "bundle.json", note)
-    config = (
-        signing.Config().use_elliptic_key_signer(private_key=keys.signing_key()).set_hashing_config(_all_but_signature(folder))
-    )
-    config.sign(folder, folder / SIGNATURE)
+    with in_memory(keys.signing_key(), "signing.key") as private:
+        config = signing.Config().use_elliptic_key_signer(private_key=private)
+        config.set_hashing_config(_all_but_signature(folder)).sign(folder, folder / SIGNATURE)
 
 
 def verify(folder: Path, public_key: Path) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def verify(folder: Path, public_key: Path) -> dict[str, Any]:
 def _all_but_signature(folder: Path) -> Any:
     from model_signing import hashing
 
-    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE, folder / KEY_FILE], ignore_git_paths=False)
 
 
 def _why(error: Exception) -> str:

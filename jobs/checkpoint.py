@@ -13,6 +13,7 @@ end or at an interruption, must succeed.
 """
 
 import hashlib
+import json
 import shutil
 import zipfile
 import zlib
@@ -23,11 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from ..cluster.storage import read_json, replace_folder, write_json
-from ..errors import ModelError, RunError
+from ..cluster.sealed import Seal, create, opened
+from ..cluster.storage import replace_folder
+from ..errors import ModelError, RunError, SealError
 from .steps import DIGEST, SAVED
 
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, SealError)
+STATE, NOTE = "state.npz", "state.json"
 
 
 def place(folder: Path, step: int) -> Path:
@@ -43,22 +46,23 @@ def newest(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def whole(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict, list[np.ndarray]]]:
+def whole(folder: Path, seal: Seal | None, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict, list[np.ndarray]]]:
     """(checkpoint, note, arrays) from the newest on, those left out that are damaged, of which `warn` is told."""
     for checkpoint in newest(folder):
         try:
-            note, values = read(checkpoint)
+            note, values = read(checkpoint, seal)
         except DAMAGED as error:
             warn(f"{checkpoint}: passed over: {error}")
             continue
         yield checkpoint, note, values
 
 
-def write(aside: Path, values: list[np.ndarray], note: dict, sha256: str) -> None:
+def write(aside: Path, values: list[np.ndarray], note: dict, sha256: str, seal: Seal | None) -> None:
     """Fill a folder that is there with what `read` reads. sha256: the arrays' `digest`."""
-    with (aside / "state.npz").open("wb") as file:
+    with create(aside / STATE, seal, f"{note['step']}/{STATE}") as file:
         np.savez(file, *values)
-    write_json(aside / "state.json", {**note, "sha256": sha256})
+    with create(aside / NOTE, seal, f"{note['step']}/{NOTE}") as file:
+        file.write(json.dumps({**note, "sha256": sha256}, allow_nan=False).encode())
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
@@ -74,10 +78,12 @@ def forget_after(folder: Path, step: int) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def read(checkpoint: Path) -> tuple[dict, list[np.ndarray]]:
+def read(checkpoint: Path, seal: Seal | None) -> tuple[dict, list[np.ndarray]]:
     """(note, arrays) of a checkpoint. Raises ValueError or another of DAMAGED when it is not what was written."""
-    note = read_json(checkpoint / "state.json")
-    with np.load(checkpoint / "state.npz", allow_pickle=False) as file:
+    step = step_of(checkpoint)
+    with opened(checkpoint / NOTE, seal, f"{step}/{NOTE}") as file:
+        note = json.loads(file.read())
+    with opened(checkpoint / STATE, seal, f"{step}/{STATE}") as state, np.load(state, allow_pickle=False) as file:
         values = [file[f"arr_{i}"] for i in range(len(file.files))]
     if digest(values) != note["sha256"]:
         raise ValueError("its checksum differs")
@@ -93,11 +99,14 @@ def digest(values: list[np.ndarray]) -> str:
 
 
 class Checkpoints:
-    """warn: is told what went wrong and did not end the training."""
+    """seal: what they are sealed with, if they are. warn: is told what went wrong and did not end the training."""
 
-    def __init__(self, folder: Path, variables: list[Any], strategy: Any, rank: int, keep: int, warn: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, seal: Seal | None, variables: list[Any], strategy: Any, rank: int, keep: int,
+        warn: Callable[[str], None],
+    ):  # fmt: skip
         self.folder, self.variables, self.strategy, self.rank, self.keep = folder, variables, strategy, rank, keep
-        self.warn = warn
+        self.seal, self.warn = seal, warn
         self.best: int | None = None
         """The step of the best one, which is kept."""
         self.digests: list[str] = []
@@ -115,7 +124,7 @@ class Checkpoints:
 
         Raises ModelError when it belongs to another model.
         """
-        for checkpoint, note, values in whole(self.folder, self.warn):
+        for checkpoint, note, values in whole(self.folder, self.seal, self.warn):
             own, extra = values[: len(self.variables)], values[len(self.variables) :]
             if [v.shape for v in own] != [tuple(v.shape) for v in self.variables]:
                 raise ModelError(
@@ -145,7 +154,7 @@ class Checkpoints:
         if self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            write(aside, values, note, sha)
+            write(aside, values, note, sha, self.seal)
         return sha
 
     def say(self, host: np.ndarray) -> None:

@@ -27,6 +27,11 @@ class Verdict:
     """The learning rate's factor after this epoch, from the one before, when it falls."""
 
 
+def falls(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return bool(re.search("loss|error", metric)) or metric.removeprefix("val_") in ("mae", "mse")
+
+
 def judge(train: Train, history: list[dict], lowered: int) -> Verdict:
     """Hold the last epoch of `history` against the ones before. lowered: the epoch after which the rate fell last.
 
@@ -35,8 +40,7 @@ def judge(train: Train, history: list[dict], lowered: int) -> Verdict:
     last = history[-1]
     monitor = train.monitor or ("val_loss" if "val_loss" in last else "loss")
     _require(monitor, "train.monitor", last)
-    falls = re.search("loss|error", monitor) or monitor.removeprefix("val_") in ("mae", "mse")
-    values = [-line[monitor] if falls else line[monitor] for line in history]
+    values = [-line[monitor] if falls(monitor) else line[monitor] for line in history]
     factor: Callable[[float], float] | None = None
     settings = plateau(train)
     waited = min(_without_better(values, settings["min_delta"]), last["epoch"] - lowered) if settings else 0

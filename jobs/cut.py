@@ -43,10 +43,19 @@ def split(model: Any, places: tuple[int, ...]) -> list[Any]:
     """The sub-networks between `places`, as Keras models that share the layers; inputs and outputs are lists of tensors."""
     import keras
 
-    functional = _graph(model)
-    order, borders = nodes(model), [list(functional.inputs)]
-    borders += [_crossing(model, order, place) for place in places] + [list(functional.outputs)]
-    return [keras.Model(a, b) for a, b in itertools.pairwise(borders)]
+    order, edges = nodes(model), (0, *places, len(nodes(model)))
+    stages = []
+    for first, last in itertools.pairwise(edges):
+        # Each operation is called on inputs of the stage's own: Keras does not find a tensor again that passes straight through.
+        given = _crossing(model, order, first)
+        inputs = [keras.Input(batch_shape=t.shape, dtype=t.dtype) for t in given]
+        values = dict(zip(map(id, given), inputs, strict=True))
+        for node in order[first:last]:
+            arguments, keywords = node.arguments.fill_in(values)
+            made = keras.tree.flatten(node.operation(*arguments, **keywords))
+            values |= dict(zip(map(id, node.outputs), made, strict=True))
+        stages.append(keras.Model(inputs, [values[id(t)] for t in _crossing(model, order, last)]))
+    return stages
 
 
 def choose(model: Any, stages: int, rows: dict[str, np.ndarray] | np.ndarray, names: list[str] | None = None) -> Cut:
@@ -98,8 +107,10 @@ def _balance(seconds: list[float], allowed: list[int], stages: int) -> tuple[int
 
 
 def _crossing(model: Any, order: list[Any], place: int) -> list[Any]:
-    """The tensors that are made before `place` and needed behind it."""
+    """The tensors that are made before `place` and needed behind it; at either end the inputs or outputs of the model."""
     functional = _graph(model)
+    if place in (0, len(order)):
+        return list(functional.outputs if place else functional.inputs)
     made = [*functional.inputs, *(t for node in order[:place] for t in node.outputs)]
     needed = {id(t) for node in order[place:] for t in node.arguments.keras_tensors} | {id(t) for t in functional.outputs}
     return [t for t in made if id(t) in needed]

@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..cluster.storage import read_json
+from ..cluster.keys import KeyStore
+from ..cluster.sealed import Seal, read
+from ..cluster.storage import in_memory
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Columns, Schema, as_fed
 from ..errors import BundleError
@@ -38,27 +40,31 @@ MOST_PADDED = 1024
 
 class Engine:
     """models: a folder that holds the model's files. prepared: one with `schema.json` and `preprocess.json` (both are in a
-    bundle). Raises BundleError when the model is not there in the form that this kind needs."""
+    bundle). keys: opens what is sealed, in memory. Raises BundleError when the model is not there in the form that this kind
+    needs, KeyStoreError and SealError when it cannot be opened."""
 
-    def __init__(self, models: Path, prepared: Path, threads: int | None = None, kind: Kind = "onnx"):
+    def __init__(
+        self, models: Path, prepared: Path, threads: int | None = None, kind: Kind = "onnx", keys: KeyStore | None = None
+    ):
         self.kind = kind
-        self.schema = Schema.read(prepared)
-        self.preprocessing = Preprocessing.model_validate(read_json(prepared / "preprocess.json"))
+        described = Seal.of(prepared, keys)
+        self.schema = Schema.model_validate_json(read(prepared / "schema.json", described))
+        self.preprocessing = Preprocessing.model_validate_json(read(prepared / "preprocess.json", described))
         file = models / FILES[kind]
         if not file.is_file():
             raise BundleError(f"{models}: holds no {file.name}, which the engine `{kind}` needs")
         opens = {"onnx": _onnx, "litert": _litert, "tensorflow": _tensorflow, "keras": _keras}
-        self._forward = opens[kind](file, threads or os.cpu_count() or 1, self.schema)
+        self._forward = opens[kind](read(file, Seal.of(models, keys)), threads or os.cpu_count() or 1, self.schema)
 
     @classmethod
-    def fastest(cls, bundle: Path, threads: int, kind: Kind | Literal["auto"] = "auto") -> "Engine":
+    def fastest(cls, bundle: Path, threads: int, kind: Kind | Literal["auto"] = "auto", keys: KeyStore | None = None) -> "Engine":
         """The engine of a kind; `auto`: whichever of ONNX Runtime and LiteRT answers one row sooner, if both agree."""
         if kind != "auto":
-            return cls(bundle, bundle, threads, kind)
-        reference = cls(bundle, bundle, threads)
+            return cls(bundle, bundle, threads, kind, keys)
+        reference = cls(bundle, bundle, threads, keys=keys)
         if not (bundle / FILES["litert"]).is_file():
             return reference
-        other = cls(bundle, bundle, threads, "litert")
+        other = cls(bundle, bundle, threads, "litert", keys)
         sample = reference.zeros(32, random=True)
         expected, found = reference.forward(sample), other.forward(sample)
         gap = float(np.abs(expected - found).max() / max(1.0, np.abs(expected).max()))
@@ -98,14 +104,14 @@ class Engine:
 FILES = {"onnx": "model.onnx", "litert": "model.tflite", "tensorflow": "model.keras", "keras": "model.keras"}
 
 
-def _onnx(file: Path, threads: int, schema: Schema) -> Forward:
+def _onnx(content: bytes, threads: int, schema: Schema) -> Forward:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a replica that waits leaves its core to others
-    session = ort.InferenceSession(file.read_bytes(), options, providers=ort.get_available_providers())
+    session = ort.InferenceSession(content, options, providers=ort.get_available_providers())
     names = [i.name for i in session.get_inputs()]
 
     def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -115,10 +121,9 @@ def _onnx(file: Path, threads: int, schema: Schema) -> Forward:
     return forward
 
 
-def _litert(file: Path, threads: int, schema: Schema) -> Forward:
+def _litert(content: bytes, threads: int, schema: Schema) -> Forward:
     from ai_edge_litert.interpreter import Interpreter
 
-    content = file.read_bytes()
     names = sorted(schema.inputs)
     ready: dict[int, Any] = {}
 
@@ -157,8 +162,8 @@ def _means(tensor: str, name: str) -> bool:
     return tensor.removeprefix("serving_default_").partition(":")[0] == name
 
 
-def _keras(file: Path, threads: int, schema: Schema) -> Forward:
-    model = _loaded(file)
+def _keras(content: bytes, threads: int, schema: Schema) -> Forward:
+    model = _loaded(content)
 
     def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
         return np.asarray(model(next(iter(inputs.values())) if len(inputs) == 1 else inputs, training=False))
@@ -166,10 +171,10 @@ def _keras(file: Path, threads: int, schema: Schema) -> Forward:
     return forward
 
 
-def _tensorflow(file: Path, threads: int, schema: Schema) -> Forward:
+def _tensorflow(content: bytes, threads: int, schema: Schema) -> Forward:
     import tensorflow as tf
 
-    model = _loaded(file)
+    model = _loaded(content)
     specs = {name: tf.TensorSpec([None, *shape], tf.float32) for name, shape in schema.inputs.items()}
     alone = len(specs) == 1
     function: Any = tf.function(
@@ -187,14 +192,17 @@ def _tensorflow(file: Path, threads: int, schema: Schema) -> Forward:
     return forward
 
 
-def _loaded(file: Path) -> Any:
+def _loaded(content: bytes) -> Any:
     import keras
 
     try:
-        return keras.saving.load_model(file, compile=False)
+        with in_memory(content, FILES["keras"]) as file:
+            return keras.saving.load_model(file, compile=False, safe_mode=True)
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        raise BundleError(f"{file}: Keras cannot load it alone ({text[:160]}): serve it with the engine `onnx`") from None
+        raise BundleError(
+            f"{FILES['keras']}: Keras cannot load it alone ({text[:160]}): serve it with the engine `onnx`"
+        ) from None
 
 
 def padded(rows: int) -> int:

@@ -20,13 +20,17 @@ from ..datasets.shards import TARGET, Manifest
 from .engine import Engine
 
 
-def evaluate(prepared: Path, trained: Path, keys: KeyStore | None, folder: Path, update: Callable[..., None]) -> None:
-    """Write `metrics.json`: see `classification` and `regression` for what is in it."""
+def evaluate(
+    prepared: Path, trained: Path, keys: KeyStore | None, sealing: KeyStore, folder: Path, update: Callable[..., None]
+) -> None:
+    """Write `metrics.json`: see `classification` and `regression` for what is in it.
+
+    keys: opens the shards, if they are encrypted. sealing: opens the model, if it is sealed."""
     import ray.data
 
     files = [prepared / s.file for s in Manifest.read(prepared).splits["test"]]
     update("predicting the test split")
-    predict: Any = functools.partial(_predict, files=files, prepared=prepared, trained=trained, keys=keys)
+    predict: Any = functools.partial(_predict, files=files, prepared=prepared, trained=trained, keys=keys, sealing=sealing)
     numbers = ray.data.range(len(files), override_num_blocks=min(len(files), 8))
     done = numbers.map_batches(predict, batch_format="numpy", batch_size=None)
     found = list(done.iter_batches(batch_size=None, batch_format="numpy"))
@@ -40,12 +44,14 @@ def evaluate(prepared: Path, trained: Path, keys: KeyStore | None, folder: Path,
 
 
 @functools.lru_cache(maxsize=1)
-def _engine(trained: Path, prepared: Path) -> Engine:
-    return Engine(trained, prepared, threads=1)
+def _engine(trained: Path, prepared: Path, sealing: Path) -> Engine:
+    return Engine(trained, prepared, threads=1, keys=KeyStore(sealing))
 
 
-def _predict(batch: dict[str, Any], files: list[Path], prepared: Path, trained: Path, keys: KeyStore | None) -> dict[str, Any]:
-    engine = _engine(trained, prepared)
+def _predict(
+    batch: dict[str, Any], files: list[Path], prepared: Path, trained: Path, keys: KeyStore | None, sealing: KeyStore
+) -> dict[str, Any]:
+    engine = _engine(trained, prepared, sealing.folder)
     targets, outputs = [], []
     for number in batch["id"]:
         file = files[int(number)]

@@ -107,7 +107,7 @@ class _Pipeline:
 
         self.step, self.history, self.seconds, self.rollbacks, self.lowered, self.best = 0, [], 0.0, 0, 0, None
         said: list[str] = []
-        for _, note, values in whole(self.folder, said.append):
+        for _, note, values in whole(self.folder, self.job.seal, said.append):
             self._take(values, note["step"] % self.part.steps > 0)
             self.step, self.history, self.seconds = note["step"], note["history"], note["seconds"]
             self.rollbacks, self.lowered, self.best = note["rollbacks"], note["lowered"], note["best"]
@@ -279,7 +279,7 @@ class _Pipeline:
         self.digest = digest(values)
         try:
             with publish_folder(place(self.folder, self.step)) as aside:
-                write(aside, values, note, self.digest)
+                write(aside, values, note, self.digest, self.job.seal)
         except OSError as error:
             text = f"{self.folder}: a checkpoint cannot be written ({error.strerror}): free some space and run it again"
             raise RunError(text) from None
@@ -293,11 +293,11 @@ class _Pipeline:
             raise RunError(f"training stopped: {text} (train.on_anomaly is {self.job.train.on_anomaly})")
         ray.get(self.chief.close.remote())
         forget_after(self.folder, self.step - SUSPECT_STEPS)
-        for checkpoint, note, values in whole(self.folder, lambda _: None):
+        for checkpoint, note, values in whole(self.folder, self.job.seal, lambda _: None):
             size: Any = ray.get(self.chief.size.remote())
             values[size - 1] = np.array(ROLLBACK_RATE ** (self.rollbacks + 1), np.float32)
             with publish_folder(checkpoint) as aside:
-                write(aside, values, {**note, "rollbacks": self.rollbacks + 1}, digest(values))
+                write(aside, values, {**note, "rollbacks": self.rollbacks + 1}, digest(values), self.job.seal)
             return False
         raise RunError(f"training stopped: {text}; there is no checkpoint from before it to go back to")
 
@@ -307,7 +307,7 @@ class _Pipeline:
         values = self._values()
         best = place(self.folder, self.best or 0)
         if self.job.train.export == "best" and best.exists():
-            values = read(best)[1]
+            values = read(best, self.job.seal)[1]
         gap, parameters = ray.get(self.actors[0][0].export.remote(ray.put(values)))
         write_lines(self.job.folder / METRICS, self.history)
         pipeline = {"cuts": self.cut.places, "stage_seconds": self.cut.seconds, "stage_bytes": self.cut.bytes}

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..cluster.keys import KeyStore
 from ..cluster.runtime import LocalCluster
 from ..cluster.storage import exclusive, read_json, write_bytes, write_json
 from ..datasets.schema import Bad, prediction_columns, require, typed
@@ -36,7 +37,8 @@ def predict_source(project: Project, base: Path, run: Path, given: str, out: Pat
     models = registry(project, base)
     version = version or models.resolve(project.name)
     folder = models.bundle(project.name, version)
-    bundle.verify(folder, key_store(project, base, run).public_key())
+    keys = key_store(project, base, run)
+    bundle.verify(folder, keys.public_key())
     data = project.data.model_copy(update={"source": given})
     source = open_source(data, Path.cwd())
     if isinstance(source, FunctionSource):
@@ -51,7 +53,7 @@ def predict_source(project: Project, base: Path, run: Path, given: str, out: Pat
         with LocalCluster(logs=out / "ray-logs") as cluster, display.open(), display.stage("predict"):
             if missing:
                 cluster.start()
-                work = functools.partial(_predict, source, str(folder), str(out.resolve()))
+                work = functools.partial(_predict, source, (str(folder), str(keys.folder)), str(out.resolve()))
                 across(work, [(i, pieces[i]) for i in missing], display.update, f"predicting {given}")
     rows = bad = 0
     for i in range(len(pieces)):
@@ -65,13 +67,14 @@ def _file(out: Path, number: int) -> Path:
 
 
 @functools.lru_cache(1)
-def _engine(folder: str) -> Engine:
-    return Engine(Path(folder), Path(folder), threads=1)
+def _engine(bundle: str, keys: str) -> Engine:
+    return Engine(Path(bundle), Path(bundle), threads=1, keys=KeyStore(keys))
 
 
-def _predict(source: PieceSource, folder: str, out: str, item: tuple[int, Any]) -> int:
+def _predict(source: PieceSource, model: tuple[str, str], out: str, item: tuple[int, Any]) -> int:
+    """model: the folders of its bundle and of the key store."""
     number, piece = item
-    engine = _engine(folder)
+    engine = _engine(*model)
     tables = []
     for chunk in source.read(piece):
         tables += [_predicted(engine, chunk.table.slice(at, ROWS), chunk.where) for at in range(0, len(chunk.table), ROWS)]

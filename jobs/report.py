@@ -58,8 +58,8 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     ]
     parts = [f"<h1>{html.escape(report['name'])}</h1><p class=lead>{sentence}</p>"]
     parts.append(_data(profile))
-    parts.append(f"<h2>Training</h2>{_curves(history)}{_table(('what', 'value'), facts)}")
-    parts.append(f"<h2>Test</h2>{_table(('metric', 'value'), figures)}")
+    parts.append(f"<h2>Training</h2>{_curves(history)}{table(('what', 'value'), facts)}")
+    parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
     if "confusion" in test:
         parts.append(_confusion([c["class"] for c in test["classes"]], test["confusion"]))
         rows = [
@@ -70,12 +70,12 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
             ]
             for c in test["classes"]
         ]
-        parts.append(_table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
-    parts.append(f"<h2>Stages</h2>{_table(('stage', 'seconds', ''), stages)}")
-    return _HTML.format(title=html.escape(report["name"]), body="".join(parts))
+        parts.append(table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
+    parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
+    return page(report["name"], "".join(parts))
 
 
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+def table(head: tuple[str, ...], rows: list[Any]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>{body}</table>"
 
@@ -101,10 +101,10 @@ def _data(profile: dict[str, Any]) -> str:
         )
         for c in profile["columns"][:MOST_COLUMNS]
     ]
-    table = _table(("column", "kind", "empty", "range or most frequent", "mean ± deviation", "drift to test"), described)
+    shown = table(("column", "kind", "empty", "range or most frequent", "mean ± deviation", "drift to test"), described)
     more = len(profile["columns"]) - MOST_COLUMNS
     left = f"<p>… and {more} more columns in <code>prepare/profile.json</code>.</p>" if more > 0 else ""
-    return f"<h2>Data</h2><p>{said} rows. {bad}</p>{f'<ul>{warnings}</ul>' if warnings else ''}{_bars(profile)}{table}{left}"
+    return f"<h2>Data</h2><p>{said} rows. {bad}</p>{f'<ul>{warnings}</ul>' if warnings else ''}{_bars(profile)}{shown}{left}"
 
 
 def _range(column: dict[str, Any]) -> str:
@@ -137,7 +137,7 @@ def _bars(profile: dict[str, Any]) -> str:
     }
     facet = {"field": "column", "type": "nominal", "title": None, "sort": None}
     shared = {"scale": {"x": "independent", "y": "independent"}}
-    return _svg({"facet": facet, "columns": 3, "spec": bars, "resolve": shared, "data": {"values": values}})
+    return svg({"facet": facet, "columns": 3, "spec": bars, "resolve": shared, "data": {"values": values}})
 
 
 def _curves(history: list[dict]) -> str:
@@ -163,7 +163,7 @@ def _curves(history: list[dict]) -> str:
         "height": 180,
     }
     facet = {"field": "metric", "type": "nominal", "title": None}
-    return _svg({"facet": facet, "spec": line, "resolve": {"scale": {"y": "independent"}}, "data": {"values": values}})
+    return svg({"facet": facet, "spec": line, "resolve": {"scale": {"y": "independent"}}, "data": {"values": values}})
 
 
 def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
@@ -187,7 +187,7 @@ def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
         {"mark": {"type": "text", "color": _INK}, "encoding": {**axes, **text}},
     ]
     size = max(200, 30 * len(classes))
-    return _svg(
+    return svg(
         {"layer": layers, "data": {"values": values}, "width": size, "height": size, "title": "Confusion: rows of each truth"}
     )
 
@@ -196,7 +196,7 @@ _INK = "#010203"
 """Drawn by Vega as a colour that nothing else has, and then replaced by the page's own text colour, light or dark."""
 
 
-def _svg(spec: dict[str, Any]) -> str:
+def svg(spec: dict[str, Any]) -> str:
     import vl_convert
 
     ink = {"labelColor": _INK, "titleColor": _INK}
@@ -211,6 +211,11 @@ def _svg(spec: dict[str, Any]) -> str:
     }
     drawn = vl_convert.vegalite_to_svg({**spec, "config": config})
     return f"<figure>{drawn.replace(_INK, 'currentColor')}</figure>"
+
+
+def page(title: str, body: str) -> str:
+    """A whole document."""
+    return _HTML.format(title=html.escape(title), body=body)
 
 
 _HTML = """<!doctype html>

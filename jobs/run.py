@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..cluster import storage
-from ..cluster.keys import DATA_KEY, KeyStore
+from ..cluster.audit import Audit
+from ..cluster.keys import DATA_KEY, KeyStore, request_key
 from ..cluster.runtime import LocalCluster
+from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
+from ..errors import RunError
 from ..project import Project
+from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
 from .engine import FILES
@@ -35,8 +39,11 @@ def registry(project: Project, base: Path) -> Registry:
 
 @contextmanager
 def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
-    """Hold a run's folder, with a cluster that starts when a stage needs it, and a log that says what happened."""
+    """Hold a run's folder, with a cluster that starts when a stage needs it, and a log that says what happened.
+
+    Raises RunError when the folder is in use, or was put away."""
     with storage.exclusive(folder):
+        _require_out(folder)
         handler = logging.FileHandler(folder / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         loggers = [logging.getLogger("heliograph"), logging.getLogger("ray")]
@@ -55,20 +62,60 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
             handler.close()
 
 
+def _require_out(folder: Path) -> None:
+    if (folder / SEALED_RUN).exists():
+        raise RunError(f"{folder}: is sealed: `heliograph unseal` takes it out again")
+
+
 def rotate_keys(project: Project, base: Path, folder: Path, retire: bool) -> str:
-    """Make a new version of the key that wraps the shards' keys, and wrap those of a run anew; the data stays as it is.
+    """Make new versions of the keys that wrap the keys of shards and of sealed folders, and wrap those of a run and of the
+    model's versions anew; what they encrypt stays as it is.
 
     retire: then remove the older versions. Says what was done.
     """
     keys = key_store(project, base, folder)
     with storage.exclusive(folder):
-        version = keys.rotate(DATA_KEY)
+        _require_out(folder)
+        version, sealed = keys.rotate(DATA_KEY), 0
         count = rotate_all(folder, keys)
         removed = keys.retire(DATA_KEY) if retire else 0
+        if keys.versions(SEALED_KEY):
+            keys.rotate(SEALED_KEY)
+            sealed = rewrap_all(folder, keys) + rewrap_all(registry(project, base).folder / project.name, keys)
+            removed += keys.retire(SEALED_KEY) if retire else 0
+        Audit(keys).write("rotate", f"{DATA_KEY}-{version}", removed=removed)
         for aside in folder.glob(".work/*/rows") if retire else ():
             shutil.rmtree(aside)  # rows of an unfinished preparation, which the older keys wrapped: they are sorted again
     older = f"{removed} older removed" if retire else "older ones stay (--retire removes them)"
-    return f"{keys.folder}: {DATA_KEY}-{version} now wraps the keys of {count} shards; {older}"
+    folders = f", and a new key those of {sealed} sealed folders" if sealed else ""
+    return f"{keys.folder}: {DATA_KEY}-{version} now wraps the keys of {count} shards{folders}; {older}"
+
+
+def rotate_request_key(project: Project, base: Path, folder: Path, retire: bool) -> str:
+    """Make a new version of the key that opens sealed requests for the project's model. Endpoints offer it from then on.
+
+    retire: remove the older versions, so that what was sealed with them opens no more. Says what was done."""
+    keys, name = key_store(project, base, folder), request_key(project.name)
+    version = keys.rotate(name)
+    removed = keys.retire(name) if retire else 0
+    Audit(keys).write("rotate", f"{name}-{version}", removed=removed)
+    older = f"{removed} older removed" if retire else f"older ones open requests for {project.serve.key_grace_seconds:g} s more"
+    return f"{keys.folder}: requests are sealed with {name}-{version} now; {older}"
+
+
+def preparation(project: Project, base: Path, run: Run) -> Stage:
+    """The stage that all others read from."""
+    keys = key_store(project, base, run.folder) if project.data.encrypt else None
+
+    def work(folder: Path) -> None:
+        if keys and not keys.versions(DATA_KEY):
+            keys.rotate(DATA_KEY)
+        prepare(project.data, base, keys, folder, run.display.update)
+
+    prepared_by = {"data": project.data.model_dump(exclude={"augment"}), "source": open_source(project.data, base).identity()}
+    if any(step.step == "function" for step in project.data.preprocess or []):
+        prepared_by["code"] = code_of(base)
+    return Stage("prepare", (), prepared_by, work)
 
 
 def execute(project: Project, base: Path, run: Run) -> int:
@@ -79,13 +126,10 @@ def execute(project: Project, base: Path, run: Run) -> int:
     sealing = keys if project.data.encrypt else None
     update = run.display.update
 
-    def do_prepare(folder: Path) -> None:
-        if sealing and not sealing.versions(DATA_KEY):
-            sealing.rotate(DATA_KEY)
-        prepare(project.data, base, sealing, folder, update)
-
     def do_train(folder: Path) -> None:
-        job = Job(project.name, project.train, project.model, base, run["prepare"], sealing, folder, project.data.augment)
+        if project.train.encrypt:
+            Seal.make(folder, keys)
+        job = Job(project.name, project.train, project.model, base, run["prepare"], sealing, folder, project.data.augment, keys)
         train(job, update, run.display.say)
 
     def do_bundle(folder: Path) -> None:
@@ -94,26 +138,30 @@ def execute(project: Project, base: Path, run: Run) -> int:
         lineage = {"source": project.data.source, "stages": {n: run.fingerprints[n] for n in ("prepare", "train", "evaluate")}}
         make(folder, project.name, lineage, parts, keys)
 
-    source = open_source(project.data, base)
-    trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": _code(base)}
+    trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
     if project.data.augment:
         trained_by["augment"] = project.data.augment.model_dump()
-    prepared_by = {"data": project.data.model_dump(exclude={"augment"}), "source": source.identity()}
-    if any(step.step == "function" for step in project.data.preprocess or []):
-        prepared_by["code"] = _code(base)
     for stage in (
-        Stage("prepare", (), prepared_by, do_prepare),
+        preparation(project, base, run),
         Stage("train", ("prepare",), trained_by, do_train),
         Stage(
-            "evaluate", ("prepare", "train"), {}, lambda folder: evaluate(run["prepare"], run["train"], sealing, folder, update)
+            "evaluate",
+            ("prepare", "train"),
+            {},
+            lambda folder: evaluate(run["prepare"], run["train"], sealing, keys, folder, update),
         ),
         Stage("bundle", ("prepare", "train", "evaluate"), {"name": project.name}, do_bundle),
     ):
         run.execute(stage)
-    return registry(project, base).add(project.name, run["bundle"])
+    models = registry(project, base)
+    known = models.versions(project.name)
+    version = models.add(project.name, run["bundle"])
+    if version not in known:
+        Audit(keys).write("publish", f"{project.name}@{version}")
+    return version
 
 
-def _code(base: Path) -> str:
+def code_of(base: Path) -> str:
     """A hash of the project's Python files: `model.py` and whatever it may import."""
     digest = hashlib.sha256()
     for file in sorted(base.glob("*.py")):

@@ -6,9 +6,12 @@ exchange told all of them (`steps.Signals`), so no rank can take another way tha
 
 import contextlib
 import json
+import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,14 @@ import psutil
 
 from ..cluster.keys import KeyStore
 from ..cluster.runtime import LOOPBACK, keep_on_loopback
-from ..cluster.storage import write_json
+from ..cluster.sealed import Seal, create
+from ..cluster.storage import IN_MEMORY, write_json
 from ..datasets.ingest import Part, blocks
 from ..datasets.schema import Schema
 from ..datasets.shards import Manifest
 from ..errors import ModelError, RunError
 from ..project import Augment, Model, Train
-from .anomaly import Detector
+from .anomaly import Detector, load_models
 from .checkpoint import Checkpoints, forget_after, place, read
 from .course import judge, last_step, reached
 from .engine import Engine
@@ -64,8 +68,22 @@ class Job:
     folder: Path
     """checkpoints/, what `watch` writes, and at the end model.keras, model.onnx, result.json."""
     augment: Augment | None = None
+    sealing: KeyStore | None = None
+    """Opens the seal of `folder`, if it has one: then checkpoints and models are sealed with it."""
     batch_size: int = 0
     """What `train.batch_size` came out as."""
+
+    export: bool = True
+    """Whether models are wanted at the end; a trial of a search needs none."""
+
+    @property
+    def seal(self) -> Seal | None:
+        return Seal.of(self.folder, self.sealing)
+
+
+def work_alone(job: Job, beside: int) -> None:
+    """The same without Ray Train, for one worker. beside: how many do so on this machine at the same time."""
+    _Rank(job, 0, 1, beside).run()
 
 
 def work(config: dict) -> None:
@@ -113,8 +131,11 @@ class _Rank:
         """The step at which the profile began; -1 when it is done."""
         self.warnings: list[str] = []
         folder = job.folder / "checkpoints"
-        self.checkpoints = Checkpoints(folder, state, self.strategy, rank, train.checkpoint.keep, self._warn)
-        self.detector = Detector(ranks) if rank == 0 else None
+        self.checkpoints = Checkpoints(folder, job.seal, state, self.strategy, rank, train.checkpoint.keep, self._warn)
+        self.detector = Detector(ranks)
+        self.looking = ThreadPoolExecutor(1)
+        """Where rank 0's detector works, so that training does not wait while it learns."""
+        self.looks: list[Future] = []
         self.host = np.zeros(HOST, np.float32)
         self.orders = 0
 
@@ -141,6 +162,7 @@ class _Rank:
         if self.rank == 0:
             self.watch = Watch(self.job.folder, self.job.name, self.step, self.end)
             self.watch.event(self.step, "workers", started(self.ranks, self.step))
+            self.looking.submit(load_models)  # not before: the other ranks wait for this one
             for text in self.warnings:
                 self._warn(text)
         try:
@@ -154,6 +176,7 @@ class _Rank:
         finally:
             self._end_profile()
             if self.watch:
+                self._hear_detector(wait=True)
                 self.watch.close()
 
     def _loop(self) -> str:
@@ -244,17 +267,14 @@ class _Rank:
 
     def _look(self, signals: Signals, saved: float) -> None:
         """Rank 0 between calls: show what was done, and see what all must do next."""
-        assert self.watch and self.detector
+        assert self.watch
         train, folder = self.job.train, self.job.folder
         self.watch.see(self.step, (self.step - 1) // self.part.steps + 1, signals)
         if not self.watch.has_graph:
             self.watch.graph(self.steps.graph())
-        for found in self.detector.see(self.step - len(signals.steps), signals.steps[:, :OWN], signals.steps[:, OWN:]):
-            self.watch.event(found.step, "anomaly", f"{found.text}; {self._rows_of(found.step)}")
-            if found.serious and train.on_anomaly != "warn":
-                self.anomaly, self.anomaly_at = found.text, found.step
-                again = train.on_anomaly == "rollback" and self.rollbacks < MOST_ROLLBACKS
-                self.orders |= BACK if again else GIVE_UP
+        done, steps = self.step - len(signals.steps), signals.steps
+        self.looks.append(self.looking.submit(self.detector.see, done, steps[:, :OWN], steps[:, OWN:]))
+        self._hear_detector(wait=self.step % self.part.steps == 0)
         if time.monotonic() - saved > train.checkpoint.seconds:
             self.orders |= SAVE
         if train.stop.minutes and self.seconds > 60 * train.stop.minutes:
@@ -264,6 +284,17 @@ class _Rank:
         if (folder / SAVE_FILE).exists():
             (folder / SAVE_FILE).unlink(missing_ok=True)
             self.orders |= SAVE
+
+    def _hear_detector(self, wait: bool) -> None:
+        """What the detector found in the calls that it is through with; in all, where there is time to wait."""
+        assert self.watch
+        while self.looks and (wait or self.looks[0].done()):
+            for found in self.looks.pop(0).result():
+                self.watch.event(found.step, "anomaly", f"{found.text}; {self._rows_of(found.step)}")
+                if found.serious and self.job.train.on_anomaly != "warn" and not self.anomaly:
+                    self.anomaly, self.anomaly_at = found.text, found.step
+                    again = self.job.train.on_anomaly == "rollback" and self.rollbacks < MOST_ROLLBACKS
+                    self.orders |= BACK if again else GIVE_UP
 
     def _rows_of(self, step: int) -> str:
         """Where a step's rows lie."""
@@ -337,13 +368,15 @@ class _Rank:
         at = self.step
         self.checkpoints.settle()
         if self.rank == 0:
+            self._hear_detector(wait=True)
             forget_after(self.checkpoints.folder, self.anomaly_at - SUSPECT_STEPS)
         self.steps.collect()  # all wait here until rank 0 has removed them
         rollbacks = self.rollbacks + 1
         self._restore()
         self.rollbacks = rollbacks
         self.factor.assign(ROLLBACK_RATE**rollbacks)
-        if self.watch and self.detector:
+        self.anomaly = ""
+        if self.watch:
             self.watch.back_to(self.step)
             self.watch.event(at, "rollback", f"back to step {self.step}, learning rate ×{ROLLBACK_RATE**rollbacks:.2g}")
             self.detector.forget()
@@ -357,6 +390,9 @@ class _Rank:
             return
         self.watch.close()
         write_lines(job.folder / METRICS, self.history)
+        if not job.export:
+            write_json(job.folder / "result.json", {"stopped": stopped, **self.history[-1]})
+            return
         # Outside the strategy's scope and in float32: a plain model with the same weights, which any Keras can load.
         keras.mixed_precision.set_global_policy("float32")
         plain = build(job.model, self.schema, job.project)
@@ -377,7 +413,7 @@ class _Rank:
         best = place(self.checkpoints.folder, self.checkpoints.best or 0)
         if self.job.train.export == "best" and best.exists():
             with self.strategy.scope():
-                for variable, value in zip(self.checkpoints.variables, read(best)[1], strict=False):
+                for variable, value in zip(self.checkpoints.variables, read(best, self.job.seal)[1], strict=False):
                     variable.assign(value)
         with self._averaged():
             return [np.asarray(w) for w in self.model.weights]
@@ -427,19 +463,28 @@ def export(model: Any, rows: Part, job: Job) -> float:
 
     It is done here because TensorFlow is loaded here: its import takes longer than the export.
     """
-    import logging
 
-    model.save(job.folder / "model.keras", include_optimizer=False)
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY if job.seal else None) as made:
+        folder = Path(made)
+        gap = _export(model, rows, job, folder)
+        for file in folder.iterdir():
+            with create(job.folder / file.name, job.seal) as out:
+                out.write(file.read_bytes())
+    return gap
+
+
+def _export(model: Any, rows: Part, job: Job, folder: Path) -> float:
+    model.save(folder / "model.keras", include_optimizer=False)
     logging.disable(logging.WARNING)
-    model.export(job.folder / "model.onnx", format="onnx", verbose=False)
+    model.export(folder / "model.onnx", format="onnx", verbose=False)
     columns = rows.read_window(0, 1)
     inputs = {name: columns[name][:EXPORT_ROWS] for name in Schema.read(job.prepared).inputs}
     own = np.asarray(model(fed({name: on_device(values) for name, values in inputs.items()})))
-    gap = float(np.abs(own - Engine(job.folder, job.prepared).forward(inputs)).max())
+    gap = float(np.abs(own - Engine(folder, job.prepared).forward(inputs)).max())
     if gap > EXPORT_GAP * max(1.0, float(np.abs(own).max())):
         raise ModelError(f"model.onnx answers differently from the Keras model, by {gap:.2g}")
     try:
-        model.export(job.folder / "model.tflite", format="litert", verbose=False)
+        model.export(folder / "model.tflite", format="litert", verbose=False)
     except Exception:  # operations that LiteRT does not have: ONNX Runtime serves such a model
-        (job.folder / "model.tflite").unlink(missing_ok=True)
+        (folder / "model.tflite").unlink(missing_ok=True)
     return gap

@@ -2,39 +2,59 @@
 
     POST /v1/models/NAME[/versions/V|/labels/L]:predict|:classify|:regress     `tfserving`; Arrow; or sealed
     GET  /v1/models/NAME[/versions/V|/labels/L][/metadata]
-    GET  /v1/models/NAME/ohttp-keys        the public key configuration, signed for this model's name
+    POST /v1/models/NAME:deploy, GET /v1/models/NAME/rollout                   where `serve.access` is `tokens`
+    GET  /v1/models/NAME[/versions/V]/ohttp-keys     the public key configuration, signed for this model's name
     POST /v2/models/NAME[/versions/V]/infer                                    `oip`; or sealed
     GET  /v2, /v2/health/live, /v2/health/ready, /v2/models/NAME[/versions/V][/ready]
     POST /v2/repository/index
     GET  /metrics, /openapi.json, /docs
 
-A sealed request (`message/ohttp-req`, RFC 9458) goes to any path that infers; what is inside is one such request to the
-same model. A reason names features and shapes, and never repeats what was sent.
+A sealed request (`message/ohttp-req`, RFC 9458, or `message/ohttp-chunked-req`) goes to any path that infers; what is inside
+is one request to the same model, to infer or to read its metadata. With `serve.access: tokens` each needs a token (`access`),
+but for the public keys and the health checks. A reason names features and shapes, and never repeats what was sent.
 """
 
+import asyncio
 import functools
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from email.utils import formatdate, parsedate_to_datetime
+from typing import Annotated
 from urllib.parse import unquote
 
 import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import CapsuleError, HeliographError, RequestError
+from ..cluster.audit import Audit
+from ..errors import CapsuleError, HeliographError, RegistryError, RequestError
+from ..project import Verb
 from . import arrow, bhttp, ohttp, oip, page, tfserving
-from .messages import Answer, Ask, Request, answered, json_answer
-from .metrics import Stats
+from .access import Guard
+from .messages import MAX_BODY, TOO_LARGE, Answer, Ask, Request, answered, json_answer
+from .metrics import CLOCK_SECONDS, Stats
 from .models import Loaded, Models, NotLoaded
+from .rollout import begin
 
 log = logging.getLogger("heliograph")
 PROBLEM = "application/problem+json"
 KEY_PROBLEM = orjson.dumps(
     {"type": "https://iana.org/assignments/http-problem-types#ohttp-key", "title": "the encapsulated request cannot be opened"}
 )
+SEALED = {ohttp.REQUEST_TYPE: ohttp.RESPONSE_TYPE, ohttp.CHUNKED_REQUEST_TYPE: ohttp.CHUNKED_RESPONSE_TYPE}
+DATE_PROBLEM = orjson.dumps(
+    {
+        "type": "https://iana.org/assignments/http-problem-types#date",
+        "title": f"a sealed request needs a date within {CLOCK_SECONDS:g} s of the endpoint's: is this machine's clock right?",
+    }
+)
+NOT_SEALED = "this endpoint takes no encapsulated requests (serve.encrypted is off)"
+REPEATED = "this sealed request was answered before: seal it anew"
 WHICH = r"(?P<name>[^/:]{1,200})(?:/versions/(?P<version>\d{1,9})|/labels/(?P<label>[^/:]{1,200}))?"
-V1 = re.compile(rf"/v1/models/{WHICH}(?::(?P<verb>predict|classify|regress)|/(?P<part>metadata|ohttp-keys))?")
+V1 = re.compile(rf"/v1/models/{WHICH}(?::(?P<verb>predict|classify|regress|deploy)|/(?P<part>metadata|ohttp-keys|rollout))?")
 V2 = re.compile(rf"/v2/models/{WHICH}(?:/(?P<verb>infer)|/(?P<part>ready))?")
 FIXED = {
     "/v2": "GET", "/v2/": "GET", "/v2/health/live": "GET", "/v2/health/ready": "GET", "/v2/repository/index": "POST",
@@ -68,6 +88,16 @@ def target_of(path: str) -> Target | None:
     return None
 
 
+class Deployment(BaseModel):
+    """What `:deploy` is asked for: see `rollout.begin`. version: the newest, where none is named."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: Annotated[int, Field(ge=1)] | None = None
+    percent: Annotated[float, Field(gt=0, le=100)] = 10.0
+    seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    requests: Annotated[int, Field(ge=1)] = 100
+
+
 @dataclass
 class Seen:
     """What the metrics and the log say of a request."""
@@ -76,65 +106,95 @@ class Seen:
     model: str = "-"
     version: str = "-"
     rows: int = 0
+    who: str = "-"
+    """Whose token it had."""
     busy: float = 0.0
     """Seconds of the event loop that reading it and writing its answer took."""
 
 
 class Application:
-    """required: whether requests in clear are refused. total: the counts of the whole endpoint."""
+    """total: the counts of the whole endpoint. first: whether a sealed request is answered for the first time, by any replica."""
 
-    def __init__(self, models: Models, required: bool, total: Callable[[], Awaitable[Stats]]):
-        self.models, self.required, self._total = models, required, total
+    def __init__(self, models: Models, total: Callable[[], Awaitable[Stats]], first: Callable[[bytes], Awaitable[bool]]):
+        self.models, self.encrypted, self._total = models, models.options.encrypted, total
+        self._first = first if models.options.replays == "refused" else None
+        self.guard = Guard(models.keys, models.options.jwt) if models.options.access == "tokens" else None
+        self.refused: Counter[tuple[int, str]] = Counter()
+        """How many were not let in, by status and model, since they were last written to the audit log."""
 
     async def answer(self, request: Request, seen: Seen) -> Answer:
         """Never raises for what a client can send."""
-        return await answered((self._sealed if request.type == ohttp.REQUEST_TYPE else self._open)(request, seen))
+        return await answered((self._sealed if request.type in SEALED else self._open)(request, seen))
 
     async def _open(self, request: Request, seen: Seen) -> Answer:
         target = target_of(request.path)
         if target is None:
-            return await self._fixed(request)
+            return await self._fixed(request, seen)
         seen.protocol = target.protocol
+        if target.verb and self.encrypted == "required":
+            raise RequestError(f"this model takes encapsulated requests only (`Content-Type: {ohttp.REQUEST_TYPE}`)", 403)
+        return await self._of_model(request, target, seen)
+
+    async def _of_model(self, request: Request, target: Target, seen: Seen) -> Answer:
         if request.method != target.method:
             raise RequestError(f"this path answers to {target.method}", 405)
-        if not target.verb:
-            return await self._about(target)
-        if self.required:
-            raise RequestError(f"this model takes encapsulated requests only (`Content-Type: {ohttp.REQUEST_TYPE}`)", 403)
-        return await self._infer(request, target, seen)
+        if target.verb == "deploy":
+            return await self._deploy(request, target, seen)
+        if target.part != "ohttp-keys":  # which are public
+            self._let_in(request, Verb.PREDICT if target.verb else Verb.READ, target.name, seen)
+        return await (self._infer(request, target, seen) if target.verb else self._about(target))
+
+    def _let_in(self, request: Request, verb: Verb, model: str | None, seen: Seen) -> None:
+        if self.guard is None:
+            return
+        try:
+            seen.who = self.guard.check(request.authorization, verb, model)
+        except RequestError as error:
+            self.refused[error.status, model if model in self.models.names else "-"] += 1
+            raise
 
     async def _sealed(self, request: Request, seen: Seen) -> Answer:
         """What cannot be opened is answered in clear, and always alike; everything else inside the capsule."""
+        if self.encrypted == "off":
+            raise RequestError(NOT_SEALED, 415)
         target = target_of(request.path)
-        stats = self.models.stats
+        stats, chunked = self.models.stats, request.type == ohttp.CHUNKED_REQUEST_TYPE
         began = time.perf_counter()
         seen.protocol = "ohttp"
         try:
             if request.method != "POST" or target is None or not target.verb:
                 raise CapsuleError("an encapsulated request goes to a path of the model that infers")
-            message, seal = self.models.door(target.name).gateway.open_request(request.body)
+            message, seal = self.models.door(target.name, target.version).open_request(request.body, chunked)
         except RequestError:
             return Answer(400, PROBLEM, KEY_PROBLEM)
         opened = time.perf_counter()
-        answer = await answered(self._inside(message, target.name, seen))
+        answer = await answered(self._inside(message, ohttp.name_of(request.body), target, seen))
         done = time.perf_counter()
         fields = [(k.encode(), v.encode()) for k, v in (("content-type", answer.type), *answer.headers.items())]
-        sealed = seal(bhttp.encode_response(bhttp.Response(answer.status, fields, answer.body)))
+        sealed = seal(bhttp.padded(bhttp.encode_response(bhttp.Response(answer.status, fields, answer.body))))
         key = (seen.model, seen.version)
         stats.observe("stage_seconds", (*key, "open"), opened - began)
         stats.observe("stage_seconds", (*key, "seal"), time.perf_counter() - done)
-        return Answer(200, ohttp.RESPONSE_TYPE, sealed)
+        return Answer(200, SEALED[request.type], sealed)
 
-    async def _inside(self, message: bytes, name: str, seen: Seen) -> Answer:
+    async def _inside(self, message: bytes, name: bytes, outer: Target, seen: Seen) -> Answer:
+        """name: what no other sealed request has."""
         inner = bhttp.decode_request(message)
         path = inner.path.decode("latin-1").partition("?")[0]
         target = target_of(path)
-        if target is None or not target.verb or target.name != name:
-            raise RequestError("a request in a capsule goes to its own model, on a path that infers", 404)
-        if inner.method != b"POST":
-            raise RequestError("this path answers to POST", 405)
-        request = Request.read("POST", path, functools.partial(bhttp.get, inner.fields), inner.content)
-        return await self._infer(request, target, seen)
+        if target is None or (target.name, target.version) != (outer.name, outer.version):
+            raise RequestError("a request in a capsule goes to its own model and version", 404)
+        if len(inner.content) > MAX_BODY:
+            raise RequestError(TOO_LARGE, 413)
+        method = inner.method.decode("latin-1")
+        request = Request.read(method, path, functools.partial(bhttp.get, inner.fields), inner.content)
+        if self._first and not _timely(bhttp.get(inner.fields, b"date")):
+            return Answer(400, PROBLEM, DATE_PROBLEM, {"date": formatdate(usegmt=True)})
+        answer = await self._of_model(request, target, seen)
+        # Asked when there is an answer, and not before: a proxy repeats requests that a dying replica had begun.
+        if self._first and not await self._first(name):
+            raise RequestError(REPEATED, 409)
+        return answer
 
     async def _pick(self, target: Target) -> Loaded:
         for _ in range(3):  # what is loaded for one request may be let go for another
@@ -153,6 +213,7 @@ class Application:
     async def _infer(self, request: Request, target: Target, seen: Seen) -> Answer:
         model = await self._pick(target)
         seen.model, seen.version = model.key
+        model.batcher.admit()
         began = time.perf_counter()
         ask = self._ask(request, target, model)
         seen.rows = ask.rows
@@ -177,11 +238,35 @@ class Application:
             return arrow.ask(request.body, model.identity)
         return tfserving.ask(target.verb or "", request.body, model.identity)
 
+    async def _deploy(self, request: Request, target: Target, seen: Seen) -> Answer:
+        """Put a version into production: who may is asked to the token, what becomes of it to `rollout`."""
+        if self.guard is None:
+            raise RequestError("an endpoint takes deployments where serve.access is `tokens` only: use `heliograph deploy`", 403)
+        try:
+            wanted = Deployment.model_validate_json(request.body)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors())
+            raise RequestError(problems) from None
+        self._let_in(request, Verb.PROMOTE if wanted.percent >= 100 else Verb.DEPLOY, target.name, seen)
+        version = wanted.version or max(self.models.versions(target.name))
+        try:
+            state = begin(self.models.registry, target.name, version, wanted.percent, wanted.seconds, wanted.requests)
+        except RegistryError as error:
+            raise RequestError(str(error), 409) from None
+        audit = Audit(self.models.keys)
+        await asyncio.to_thread(audit.write, "deploy", f"{target.name}@{version}", token=seen.who, percent=wanted.percent)
+        return json_answer(200, state.model_dump())
+
     async def _about(self, target: Target) -> Answer:
         if target.part == "ohttp-keys":
-            door = self.models.door(target.name)
-            return Answer(200, ohttp.KEYS_TYPE, door.configs, {ohttp.SIGNATURE_HEADER: door.signature})
+            if self.encrypted == "off":
+                raise RequestError(NOT_SEALED, 404)
+            configs, signature, seconds = self.models.door(target.name, target.version).offer()
+            headers = {ohttp.SIGNATURE_HEADER: signature, "cache-control": f"max-age={seconds}"}
+            return Answer(200, ohttp.KEYS_TYPE, configs, headers)
         versions = self.models.versions(target.name)
+        if target.part == "rollout":
+            return json_answer(200, self.models.registry.state(target.name).model_dump())
         if target.part == "ready":
             place_ready = versions.get(target.version) == "AVAILABLE" if target.version else self.models.ready
             return json_answer(200 if place_ready else 503, {"name": target.name, "ready": place_ready})
@@ -196,12 +281,14 @@ class Application:
             return oip.metadata(model.identity, list(versions))
         return tfserving.metadata(model.identity)
 
-    async def _fixed(self, request: Request) -> Answer:  # noqa: PLR0911
+    async def _fixed(self, request: Request, seen: Seen) -> Answer:  # noqa: PLR0911
         method = FIXED.get(request.path)
         if method is None:
             raise RequestError("no such path: GET /docs tells what there is", 404)
         if request.method != method:
             raise RequestError(f"this path answers to {method}", 405)
+        if not request.path.startswith("/v2/health/"):
+            self._let_in(request, Verb.METRICS if request.path == "/metrics" else Verb.READ, None, seen)
         match request.path:
             case "/v2" | "/v2/":
                 return oip.server()
@@ -216,5 +303,13 @@ class Application:
             case path:
                 models = [self.models.pick(name).identity for name in self.models.names]
                 if path == "/openapi.json":
-                    return json_answer(200, page.openapi(models, self.required))
-                return Answer(200, "text/html; charset=utf-8", page.html(models, self.required))
+                    return json_answer(200, page.openapi(models, self.encrypted))
+                return Answer(200, "text/html; charset=utf-8", page.html(models, self.encrypted))
+
+
+def _timely(date: bytes | None) -> bool:
+    """Whether an HTTP date is near enough to now."""
+    try:
+        return abs(parsedate_to_datetime((date or b"").decode("latin-1")).timestamp() - time.time()) <= CLOCK_SECONDS
+    except (ValueError, OverflowError):
+        return False

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,13 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._rows = 0
         self._busy = self._due = False
+        self._ends = 0.0
+        """When the call that runs should be done."""
         self._thread = ThreadPoolExecutor(1, "engine")
 
     def submit(self, columns: Columns, rows: int) -> "asyncio.Future[np.ndarray]":
         """The outputs of some rows, in a while. Raises Overloaded at once where that while would be longer than the budget."""
-        if self._queue and self.waiting_seconds() > self.budget:
-            raise Overloaded
+        self.admit()
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._queue.append(_Waiting(columns, rows, future, time.perf_counter()))
@@ -100,10 +102,16 @@ class Batcher:
             loop.call_soon(self._flush)
         return future
 
+    def admit(self) -> None:
+        """Raises Overloaded where one more request would wait longer than the budget; to be asked before it is read."""
+        if self._queue and self.waiting_seconds() > self.budget:
+            raise Overloaded
+
     def waiting_seconds(self) -> float:
-        """How long what waits now will take."""
+        """How long what runs and what waits now will take."""
         rows = min(max(self._rows, 1), self.pace.most_rows(self.budget / 2))
-        return self._rows / rows * self.pace.seconds(rows)
+        running = max(0.0, self._ends - time.perf_counter()) if self._busy else 0.0
+        return running + self._rows / rows * self.pace.seconds(rows)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
@@ -118,8 +126,9 @@ class Batcher:
             rows = sum(w.rows for w in batch)
             now = time.perf_counter()
             self.seen(len(batch), rows, [now - w.since for w in batch])
-            if self.pace.seconds(rows) > INLINE:
-                self._busy = True
+            seconds = self.pace.seconds(rows)
+            if seconds > INLINE:
+                self._busy, self._ends = True, now + seconds
                 running = loop.run_in_executor(self._thread, self._call, batch, rows)
                 running.add_done_callback(lambda done, batch=batch: self._finish(batch, done))
                 return
@@ -156,8 +165,8 @@ class Batcher:
                 return [error]
             return [self._call([w], w.rows)[0] for w in batch]  # one request's mistake is no other's
         self.pace.add(rows, time.perf_counter() - started)
-        edges = np.cumsum([w.rows for w in batch])[:-1]
-        return np.split(outputs, edges)
+        ends = list(accumulate(w.rows for w in batch))
+        return [outputs[end - w.rows : end] for w, end in zip(batch, ends, strict=True)]
 
     @staticmethod
     def _answer(batch: list[_Waiting], results: list[Any]) -> None:

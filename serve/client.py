@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ from . import bhttp, ohttp
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
+TOKEN_VARIABLE = "HELIOGRAPH_TOKEN"  # noqa: S105  its name
 TRY_AGAIN = (502, 503, 504)
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 """Seconds."""
@@ -44,6 +46,7 @@ class _Asked:
     path: str
     body: bytes = b""
     type: str = JSON
+    authorization: str = ""
 
 
 @dataclass
@@ -73,60 +76,80 @@ class _Talk:
         version: int | None = None,
         encrypt: bool = True,
         trust: Path | str | None = None,
+        token: str | None = None,
         timeout: float = 30.0,
         retries: int = 5,
     ):
         self.url, self.model, self.encrypt = url.rstrip("/"), model, encrypt
-        self._base = f"/v1/models/{quote(model, safe='')}"
-        self._place = self._base + (f"/versions/{version}" if version is not None else "")
+        self._version = version
+        token = token or os.environ.get(TOKEN_VARIABLE, "")
+        self._authorization = f"Bearer {token}" if token else ""
+        self._place = f"/v1/models/{quote(model, safe='')}" + (f"/versions/{version}" if version is not None else "")
         self._trust = Path(trust) if trust else None
         self._timeout, self._retries, self._saved = timeout, retries, MOST_SAVED
         self._config: ohttp.KeyConfig | None = None
+        self._config_until = 0.0
 
     def _predict(self, rows: Any) -> Steps:
         body = json.dumps({"instances": _plain(rows)}, allow_nan=False).encode()
-        answer = yield from self._infer(body, JSON)
+        answer = yield from self._ask_model("POST", f"{self._place}:predict", body, JSON)
         return _opened(answer)["predictions"]
 
     def _predict_table(self, table: Any) -> Steps:
         import pyarrow as pa
 
-        answer = yield from self._infer(arrow_stream(table), ARROW)
+        answer = yield from self._ask_model("POST", f"{self._place}:predict", arrow_stream(table), ARROW)
         if answer.status != 200:
             _opened(answer)
         return pa.ipc.open_stream(answer.body).read_all()
 
     def _schema(self) -> Steps:
-        answer = yield from self._ask(_Asked("GET", f"{self._place}/metadata"))
+        answer = yield from self._ask_model("GET", f"{self._place}/metadata")
         return _opened(answer)["metadata"]["schema"]
 
-    def _infer(self, body: bytes, kind: str) -> Steps:
+    def _deploy(self, wanted: dict[str, Any]) -> Steps:
+        answer = yield from self._ask_model("POST", f"{self._place}:deploy", json.dumps(wanted).encode())
+        return _opened(answer)
+
+    def _rollout(self) -> Steps:
+        return _opened((yield from self._ask_model("GET", f"{self._place}/rollout")))
+
+    def _ask_model(self, method: str, path: str, body: bytes = b"", kind: str = JSON) -> Steps:
         """Send one request; sealed, a key that the endpoint no longer has is fetched anew, once."""
-        path = f"{self._place}:predict"
         if not self.encrypt:
-            return (yield from self._ask(_Asked("POST", path, body, kind)))
+            return (yield from self._ask(_Asked(method, path, body, kind, self._authorization)))
         scheme, authority = urlsplit(self.url)[:2]
-        fields = [(b"content-type", kind.encode())]
-        message = bhttp.encode_request(bhttp.Request(b"POST", scheme.encode(), authority.encode(), path.encode(), fields, body))
+        fields = [(b"content-type", kind.encode()), (b"date", formatdate(usegmt=True).encode())]
+        if self._authorization:
+            fields.append((b"authorization", self._authorization.encode()))
+        request = bhttp.Request(method.encode(), scheme.encode(), authority.encode(), path.encode(), fields, body)
+        message = bhttp.padded(bhttp.encode_request(request))
         for fresh in (False, True):
-            config = self._config if self._config and not fresh else (yield from self._fetch_config())
-            self._config = config
+            if fresh or self._config is None or time.monotonic() > self._config_until:
+                yield from self._fetch_config()
+            config = self._config
+            assert config
             capsule, open_answer = ohttp.seal_request(message, config)
-            answer = yield from self._ask(_Asked("POST", path, capsule, ohttp.REQUEST_TYPE))
+            answer = yield from self._ask(_Asked("POST", f"{self._place}:predict", capsule, ohttp.REQUEST_TYPE))
             if answer.type == ohttp.RESPONSE_TYPE:
                 inner = bhttp.decode_response(open_answer(answer.body))
+                if inner.status == 409 and not fresh:
+                    continue  # its answer got lost, and it was sent again: it needs another seal
                 return _Answered(inner.status, inner.content, {k.decode("latin-1"): v.decode("latin-1") for k, v in inner.fields})
             if b"#ohttp-key" not in answer.body:
                 return answer
         raise CapsuleError("the endpoint cannot open requests sealed with the key that it publishes")
 
     def _fetch_config(self) -> Steps:
-        answer = yield from self._ask(_Asked("GET", f"{self._base}/ohttp-keys"))
+        answer = yield from self._ask(_Asked("GET", f"{self._place}/ohttp-keys"))
         if answer.status != 200:
             _opened(answer)
         if self._trust:
-            check_signature(self._trust, self.model, answer.body, answer.headers.get(ohttp.SIGNATURE_HEADER, ""))
-        return ohttp.decode_configs(answer.body)[0]
+            signature = answer.headers.get(ohttp.SIGNATURE_HEADER, "")
+            check_signature(self._trust, self.model, self._version, answer.body, signature)
+        self._config = ohttp.decode_configs(answer.body)[0]
+        age = answer.headers.get("cache-control", "").removeprefix("max-age=")
+        self._config_until = time.monotonic() + (float(age) if age.isdigit() else 0.0)
 
     def _ask(self, asked: _Asked) -> Steps:
         """Send one request, again where that may help."""
@@ -151,7 +174,7 @@ class _Talk:
         if tried >= self._retries or self._saved < 1:
             return None
         self._saved -= 1
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1.0)
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
         if isinstance(found, httpx.Response):
             asked = found.headers.get("retry-after", "")
             pause = max(pause, min(LONGEST_PAUSE, float(asked) if asked.isdigit() else 0.0))
@@ -159,7 +182,8 @@ class _Talk:
 
 
 def _send(asked: _Asked, url: str) -> dict[str, Any]:
-    return {"method": asked.method, "url": url + asked.path, "content": asked.body, "headers": {"content-type": asked.type}}
+    headers = {"content-type": asked.type} | ({"authorization": asked.authorization} if asked.authorization else {})
+    return {"method": asked.method, "url": url + asked.path, "content": asked.body, "headers": headers}
 
 
 class Client(_Talk):
@@ -167,7 +191,8 @@ class Client(_Talk):
 
     url: of the endpoint, such as `http://127.0.0.1:8000`. version: of the model; without it the one in production answers.
     encrypt: send encapsulated requests (RFC 9458). trust: the file of the public key that the endpoint's key configuration
-    must be signed by for this model's name; without it the first configuration that arrives is believed. timeout: seconds,
+    must be signed by for this model's name; without it the first configuration that arrives is believed. token: for an
+    endpoint that asks for one (default: HELIOGRAPH_TOKEN of the environment); it is sealed with the request. timeout: seconds,
     for each try. retries: of a request, at most.
     """
 
@@ -201,6 +226,16 @@ class Client(_Talk):
     def schema(self) -> dict[str, Any]:
         """The model's schema: `features`, `classes`, `task`."""
         return self._run(self._schema())
+
+    def deploy(self, **wanted: Any) -> dict[str, Any]:
+        """Begin a rollout, as `heliograph deploy` does (version, percent, seconds, requests); `rollout` tells what became of it.
+
+        Needs a token for `deploy`, or for `promote` where percent is 100."""
+        return self._run(self._deploy(wanted))
+
+    def rollout(self) -> dict[str, Any]:
+        """The model's `aliases`, and its latest `rollout`."""
+        return self._run(self._rollout())
 
     def _run(self, steps: Steps) -> Any:
         found: Any = None
@@ -291,17 +326,20 @@ def read_rows(file: Path) -> list[Any]:
     return rows
 
 
-def signed_text(model: str, key_configs: bytes) -> bytes:
-    """What a key configuration's signature is over: it binds the keys to the model's name."""
-    return b"heliograph key configuration\0" + model.encode() + b"\0" + key_configs
+def signed_text(model: str, version: int | None, key_configs: bytes, expires: int) -> bytes:
+    """What a key configuration's signature is over: it binds the keys to the model, its version and a time."""
+    bound = f"heliograph key configuration\0{model}\0{version or ''}\0{expires}\0"
+    return bound.encode() + key_configs
 
 
-def check_signature(public_key: Path, model: str, key_configs: bytes, signature: str) -> None:
-    """Raises SignatureError unless `signature` (base64, ECDSA with SHA-256) is of `public_key` over keys and name."""
+def check_signature(public_key: Path, model: str, version: int | None, key_configs: bytes, signature: str) -> None:
+    """Raises SignatureError unless `signature` (the Unix time at which it expires, and base64 of ECDSA with SHA-256) is of
+    `public_key` over keys, name, version and time, and has not expired."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    expires, _, signed = signature.partition(" ")
     try:
         key = serialization.load_pem_public_key(public_key.read_bytes())
         if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -309,11 +347,16 @@ def check_signature(public_key: Path, model: str, key_configs: bytes, signature:
     except (OSError, ValueError) as error:
         raise SignatureError(f"{public_key}: is no public key to check signatures with ({error})") from None
     try:
-        key.verify(base64.b64decode(signature, validate=True), signed_text(model, key_configs), ec.ECDSA(hashes.SHA256()))
+        text = signed_text(model, version, key_configs, int(expires))
+        key.verify(base64.b64decode(signed, validate=True), text, ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, ValueError):
         raise SignatureError(
             f"the key configuration of `{model}` is not signed by {os.fspath(public_key)}: do not send to it"
         ) from None
+    if time.time() > int(expires):
+        raise SignatureError(
+            f"the key configuration of `{model}` has expired: somebody repeats an old one, or this machine's clock is wrong"
+        )
 
 
 def _plain(value: Any) -> Any:

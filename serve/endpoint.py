@@ -6,27 +6,37 @@ private keys itself, so neither travels through Ray.
 """
 
 import asyncio
+import errno
 import importlib
 import logging
 import os
+import resource
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cluster import haproxy
+from ..cluster.audit import Audit
 from ..cluster.keys import KeyStore
 from ..cluster.runtime import LOOPBACK, LocalCluster, quieten
+from ..cluster.storage import write_json
+from ..cluster.tls import endpoint_pem
 from ..errors import EndpointError, PortInUse
 from ..jobs.registry import Registry
 from ..project import Serve
 from .application import Application
+from .door import Door
 from .front import Front
 from .metrics import PUSH_SECONDS, TALLY, Stats, Tally
-from .models import FOLLOW_SECONDS, Door, Models
+from .models import FOLLOW_SECONDS, Models
 from .rollout import Judge
 
 log = logging.getLogger("heliograph")
+REFRESH_SECONDS = 300
+"""Between two looks at an identity provider's keys."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,11 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        return f"http://{self.options.host}:{self.options.port}"
+        host = LOOPBACK if self.options.host == "0.0.0.0" else self.options.host  # noqa: S104  what is asked about
+        return f"{'https' if self.options.tls else 'http'}://{host}:{self.options.port}"
 
     def models(self, stats: Stats) -> Models:
-        threads = max(1, (os.cpu_count() or 1) // self.options.most_replicas)
+        threads = int(self.options.cpus) or max(1, (os.cpu_count() or 1) // self.options.most_replicas)
         return Models(self.registry, self.keys, self.options, threads, stats)
 
 
@@ -56,7 +67,9 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
     RegistryError.
     """
     check_port(endpoint.options)
-    Door(endpoint.name, endpoint.keys)
+    if endpoint.options.tls:
+        endpoint_pem(endpoint.keys)
+    Door(endpoint.keys, endpoint.name, None, endpoint.options.key_grace_seconds)
     version = endpoint.registry.resolve(endpoint.name)
     endpoint.models(Stats()).open((endpoint.name, version)).batcher.close()
     cluster.start()
@@ -67,7 +80,11 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
     quieten()
     options = endpoint.options
     tally = ray.remote(Tally).options(name=TALLY, num_cpus=0, max_restarts=-1, get_if_exists=True).remote()
-    serve.start(http_options=HTTPOptions(host=options.host, port=options.port))
+    public = cluster.temp / haproxy.PUBLIC
+    public.unlink(missing_ok=True)
+    if options.tls:
+        write_json(public, {"host": options.host, "keys": str(endpoint.keys.folder)})
+    serve.start(http_options=HTTPOptions(host=LOOPBACK, port=options.port))
     settings: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.gpus},
         "max_ongoing_requests": 1_000_000,  # the replica refuses what it cannot answer in time, by what it measures
@@ -80,7 +97,14 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
         settings["max_replicas_per_node"] = options.per_node
     replica: Any = serve.deployment(Replica, name=endpoint.name, **settings)
     serve.run(replica.bind(endpoint), name=endpoint.name, route_prefix="/")
-    Judge(endpoint.registry, tally, say).start()
+    audit = Audit(endpoint.keys)
+
+    def told(line: str) -> None:
+        audit.write("rollout", line, must=False)
+        say(line)
+
+    audit.write("serve", endpoint.name, must=False, url=endpoint.url)
+    Judge(endpoint.registry, tally, told).start()
     return endpoint.url
 
 
@@ -107,7 +131,11 @@ def check_port(options: Serve) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((options.host, options.port))
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise EndpointError(f"{options.host}: is no address of this machine: set another `serve.host`") from None
+            if error.errno == errno.EACCES:
+                raise EndpointError(f"port {options.port}: this user may not listen there: set another `serve.port`") from None
             raise PortInUse(
                 f"{options.host}:{options.port} is in use: stop what listens there, or set another `serve.port` (or --port)"
             ) from None
@@ -121,6 +149,7 @@ class Replica:
         from ray import serve
 
         _keep_on_loopback()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys and inputs are in this memory
         self._stats = Stats()
         self._models = endpoint.models(self._stats)
         await self._models.follow()
@@ -128,10 +157,11 @@ class Replica:
             raise EndpointError(f"no model can be loaded: {'; '.join(self._stats.failures.values()) or 'the registry is empty'}")
         self._tally: Any = ray.get_actor(TALLY)
         self._id = serve.get_replica_context().replica_id.unique_id
-        application = Application(self._models, endpoint.options.encrypted == "required", self._total)
-        self._front = Front(application, self._stats, endpoint.options.latency_ms / 1000, endpoint.log)
-        self._front.take_over()
-        self._tasks = [asyncio.create_task(work()) for work in (self._follow, self._push)]
+        self._application, self._audit = Application(self._models, self._total, self._first), Audit(endpoint.keys)
+        self._front = Front(self._application, self._stats, endpoint.options.latency_ms / 1000, endpoint.log)
+        wanted = endpoint.options.replicas
+        self._front.take_over(1.0 if isinstance(wanted, int) else wanted.target)
+        self._tasks = [asyncio.create_task(work()) for work in (self._follow, self._push, self._refresh)]
 
     async def __call__(self, request: Any) -> Any:
         """A request that came through Serve's own proxy, as those do that wake an endpoint without replicas."""
@@ -149,11 +179,23 @@ class Replica:
             except Exception:
                 log.exception("the registry cannot be followed")
 
+    async def _refresh(self) -> None:
+        guard = self._application.guard
+        while guard and guard.issuer:
+            await asyncio.sleep(REFRESH_SECONDS)
+            await asyncio.to_thread(guard.issuer.refresh)
+
     async def _push(self) -> None:
         while True:
             await asyncio.sleep(PUSH_SECONDS)
             self._front.write_log()
             self._tally.push.remote(self._id, self._stats)
+            refused, self._application.refused = self._application.refused, Counter()
+            for (status, of), count in refused.items():
+                await asyncio.to_thread(self._audit.write, "refused", of, must=False, status=status, count=count)
+
+    async def _first(self, name: bytes) -> bool:
+        return await self._tally.first.remote(name)
 
     async def _total(self) -> Stats:
         await self._tally.push.remote(self._id, self._stats)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..cluster.keys import KeyStore
+from ..cluster.runtime import LOOPBACK
 from ..cluster.storage import write_json
 from ..datasets import shards
 from ..datasets.schema import Columns, Schema, to_instances, to_numpy
@@ -28,7 +29,9 @@ def execute(project: Project, base: Path, run: Run) -> None:
     def work(folder: Path) -> None:
         models = Registry(folder / "registry")  # of this bundle alone, whatever the project's holds
         models.add(project.name, run["bundle"])
-        endpoint = Endpoint(project.name, models, keys, project.serve)
+        # Among the processes of this run alone, so nobody needs a token or a certificate.
+        alone = {"host": LOOPBACK, "tls": False, "access": "open", "jwt": None, "encrypted": "accepted"}
+        endpoint = Endpoint(project.name, models, keys, project.serve.model_copy(update=alone))
         run.display.update(f"starting the endpoint on {endpoint.url}")
         columns, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
         row = to_instances(columns, schema)
@@ -37,7 +40,7 @@ def execute(project: Project, base: Path, run: Run) -> None:
             started = time.monotonic()
             answer = np.asarray(client.predict(row)[0])
             seconds = time.monotonic() - started
-        own = Engine(run["bundle"], run["bundle"]).predict(columns)[0]
+        own = Engine(run["bundle"], run["bundle"], keys=keys).predict(columns)[0]
         seen: dict[str, Any] = {"prediction": float(answer), "truth": float(truth)} if not schema.classes else {
             "prediction": schema.classes[int(answer.argmax())],
             "probability": float(answer.max()),

@@ -17,6 +17,8 @@ from ..errors import RequestError
 
 log = logging.getLogger("heliograph")
 JSON = "application/json"
+MAX_BODY = 16 << 20
+TOO_LARGE = f"the body is larger than {MAX_BODY >> 20} MiB"
 LENGTH_HEADER = "inference-header-content-length"
 
 
@@ -30,6 +32,7 @@ class Request:
     body: bytes = b""
     json_length: int | None = None
     """Bytes of the body that are JSON, where tensors follow it (`Inference-Header-Content-Length`)."""
+    authorization: str = ""
 
     @classmethod
     def read(cls, method: str, path: str, header: Callable[[bytes], bytes | None], body: bytes) -> "Request":
@@ -38,7 +41,8 @@ class Request:
         length = header(LENGTH_HEADER.encode())
         if length is not None and not (length.isdigit() and len(length) < 10):
             raise RequestError(f"{LENGTH_HEADER} must be a number")
-        return cls(method, path, kind, body, None if length is None else int(length))
+        authorization = (header(b"authorization") or b"").decode("latin-1")
+        return cls(method, path, kind, body, None if length is None else int(length), authorization)
 
 
 @dataclass
@@ -88,8 +92,10 @@ def json_answer(status: int, value: Any, headers: dict[str, str] | None = None) 
 
 
 def error_answer(error: RequestError) -> Answer:
-    retry = {"retry-after": str(error.retry_after)} if error.retry_after else {}
-    return json_answer(error.status, {"error": str(error)}, retry)
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["www-authenticate"] = 'Bearer realm="heliograph"'
+    return json_answer(error.status, {"error": str(error)}, headers)
 
 
 async def answered(work: Awaitable[Answer]) -> Answer:

@@ -127,6 +127,15 @@ class Tally:
     def __init__(self) -> None:
         self._live: dict[str, tuple[float, Stats]] = {}
         self._dead = Stats()
+        self._answered: dict[bytes, float] = {}
+        """Sealed requests, oldest first, and when each was answered."""
+
+    def first(self, request: bytes) -> bool:
+        """Whether a sealed request is answered for the first time; the time to ask is when it is. Kept for `REMEMBERED` s."""
+        now = time.monotonic()
+        while self._answered and next(iter(self._answered.values())) < now - REMEMBERED:
+            del self._answered[next(iter(self._answered))]
+        return self._answered.setdefault(request, now) is now
 
     def push(self, replica: str, stats: Stats) -> None:
         self._live[replica] = (time.monotonic(), stats)
@@ -146,3 +155,6 @@ class Tally:
 
 
 TALLY = "heliograph-tally"
+CLOCK_SECONDS = 60.0
+"""How far the date of a request may be from the endpoint's clock, where repeated ones are refused."""
+REMEMBERED = 2 * CLOCK_SECONDS + 5

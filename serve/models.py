@@ -7,7 +7,6 @@ version or model is loaded when it is first asked for; the least recently used g
 """
 
 import asyncio
-import base64
 import logging
 import random
 import time
@@ -23,14 +22,12 @@ from ..jobs import bundle
 from ..jobs.engine import Engine
 from ..jobs.registry import PRODUCTION, Registry, State
 from ..project import Serve
-from . import ohttp
 from .batching import Batcher
-from .client import signed_text
+from .door import Door
 from .messages import Identity
 from .metrics import Stats
 
 log = logging.getLogger("heliograph")
-KEY_ID = 1
 FOLLOW_SECONDS = 0.5
 RETRY_SECONDS = 30.0
 """After which a version that could not be loaded is tried again."""
@@ -50,7 +47,7 @@ class Loaded:
     def __init__(self, folder: Path, name: str, version: int, keys: KeyStore, options: Serve, threads: int, stats: Stats):
         started = time.perf_counter()
         bundle.verify(folder, keys.public_key())
-        self.engine = Engine.fastest(folder, threads, options.engine)
+        self.engine = Engine.fastest(folder, threads, options.engine, keys)
         self.identity = Identity(name, version, self.engine.schema)
         self.key = (name, str(version))
         self._stats = stats
@@ -77,16 +74,6 @@ class Loaded:
             self._stats.observe("stage_seconds", (*self.key, "queue"), seconds)
 
 
-class Door:
-    """What opens sealed requests for one model: its private keys, and their public halves, signed."""
-
-    def __init__(self, name: str, keys: KeyStore):
-        private = keys.secret(f"{name}-hpke-{KEY_ID}", create=True)
-        self.gateway = ohttp.Gateway({KEY_ID: private})
-        self.configs = ohttp.encode_configs([ohttp.KeyConfig(KEY_ID, ohttp.public_key(private))])
-        self.signature = _sign(keys, signed_text(name, self.configs))
-
-
 class Models:
     def __init__(self, registry: Registry, keys: KeyStore, options: Serve, threads: int, stats: Stats):
         self.registry, self.keys, self.options, self.threads, self.stats = registry, keys, options, threads, stats
@@ -95,7 +82,7 @@ class Models:
         self._loaded: OrderedDict[Place, Loaded] = OrderedDict()
         self._loading: dict[Place, asyncio.Future] = {}
         self._failed: dict[Place, float] = {}
-        self._doors: dict[str, Door] = {}
+        self._doors: dict[tuple[str, int | None], Door] = {}
 
     def pick(self, name: str, version: int | None = None, label: str | None = None) -> Loaded:
         """The model that shall answer. Raises RequestError (404), or NotLoaded."""
@@ -108,7 +95,7 @@ class Models:
                     raise RequestError(f"`{name}` has no version with this label: it has {', '.join(sorted(state.aliases))}", 404)
                 version = state.aliases[label]
             rollout = state.rollout
-            if label is None and rollout and rollout.active and random.random() * 100 < rollout.percent:
+            if label is None and rollout and rollout.active and random.random() * 100 < rollout.percent:  # noqa: S311  a share
                 candidate = self._loaded.get((name, rollout.version))
                 if candidate is not None:
                     return candidate
@@ -120,12 +107,14 @@ class Models:
         self._loaded.move_to_end((name, version))
         return found
 
-    def door(self, name: str) -> Door:
+    def door(self, name: str, version: int | None) -> Door:
         """Raises RequestError (404)."""
         self._require(name)
-        if name not in self._doors:
-            self._doors[name] = Door(name, self.keys)
-        return self._doors[name]
+        if (name, version) not in self._doors:
+            if version is not None and version not in self.registry.versions(name):
+                raise RequestError(f"`{name}` has no such version", 404)
+            self._doors[name, version] = Door(self.keys, name, version, self.options.key_grace_seconds)
+        return self._doors[name, version]
 
     def versions(self, name: str) -> dict[int, str]:
         """The state of each version, in TensorFlow Serving's words. Raises RequestError (404)."""
@@ -175,7 +164,9 @@ class Models:
                 self._loaded.pop(place).batcher.close()
 
     async def follow(self) -> None:
-        """Look once whether the registry says something new, and do it."""
+        """Look once whether the registry or the key store says something new, and do it."""
+        for door in self._doors.values():
+            door.look()
         for name in self.registry.names():
             try:
                 state = self.registry.state(name)
@@ -202,12 +193,3 @@ class Models:
             log.error("%s@%d cannot be loaded: %s", *place, error)
             return False
         return True
-
-
-def _sign(keys: KeyStore, text: bytes) -> str:
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private = serialization.load_pem_private_key(keys.signing_key().read_bytes(), None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
-    return base64.b64encode(private.sign(text, ec.ECDSA(hashes.SHA256()))).decode()

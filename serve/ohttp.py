@@ -3,34 +3,41 @@
     encapsulated request   key id, KEM, KDF, AEAD (7 bytes) ‖ HPKE encapsulated key (32) ‖ sealed binary HTTP request
     encapsulated response  nonce (16 or 32 bytes) ‖ sealed binary HTTP response
 
-HPKE (RFC 9180) is pyhpke's; the response key comes from the request's HPKE context, so an answer opens with nothing but
-the secret of the request that it answers. Whatever cannot be opened gets one answer, whatever the cause.
+In the chunked form (draft-ietf-ohai-chunked-ohttp-08) what is sealed comes in pieces, each behind its length, the last one
+behind a zero: none can be left out, repeated, exchanged or added.
+
+HPKE (RFC 9180) is pyhpke's where it seals, and ours where it opens (`hpke`). The response key comes from the request's HPKE
+context, so an answer opens with nothing but the secret of the request that it answers. Whatever cannot be opened gets one
+answer, whatever the cause.
 """
 
 import secrets
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pyhpke import AEADId, CipherSuite, KDFId, KEMId
-from pyhpke.exceptions import PyHPKEError
 
 from ..errors import CapsuleError
+from . import bhttp, hpke
+from .hpke import NONCE, numbered
 
 REQUEST_TYPE = "message/ohttp-req"
 RESPONSE_TYPE = "message/ohttp-res"
+CHUNKED_REQUEST_TYPE = "message/ohttp-chunked-req"
+CHUNKED_RESPONSE_TYPE = "message/ohttp-chunked-res"
+MAX_SEALED = (18 << 20) + 4096
+"""Bytes of a capsule: its content is padded by an eighth at most."""
+CHUNK = 16 << 10
+"""Bytes of a piece, which every receiver must take."""
 KEYS_TYPE = "application/ohttp-keys"
 SIGNATURE_HEADER = "heliograph-signature"
 """Beside a key configuration: the operator's signature over it and the model's name."""
 KEM = KEMId.DHKEM_X25519_HKDF_SHA256
 KDF = KDFId.HKDF_SHA256
-AEADS = {AEADId.AES128_GCM: (AESGCM, 16), AEADId.AES256_GCM: (AESGCM, 32), AEADId.CHACHA20_POLY1305: (ChaCha20Poly1305, 32)}
-"""What seals an answer, and the length of its key; every nonce has 12 bytes."""
-NONCE = 12
+AEADS = (AEADId.AES128_GCM, AEADId.AES256_GCM, AEADId.CHACHA20_POLY1305)
 ENCAPSULATED_KEY = 32
 
 
@@ -40,7 +47,7 @@ class KeyConfig:
 
     key_id: int
     public_key: bytes
-    aeads: tuple[AEADId, ...] = (AEADId.AES128_GCM, AEADId.CHACHA20_POLY1305)
+    aeads: tuple[AEADId, ...] = AEADS
 
     def encode(self) -> bytes:
         algorithms = b"".join(struct.pack(">HH", KDF.value, aead.value) for aead in self.aeads)
@@ -84,7 +91,7 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def seal_request(message: bytes, config: KeyConfig) -> tuple[bytes, Callable[[bytes], bytes]]:
+def seal_request(message: bytes, config: KeyConfig, chunked: bool = False) -> tuple[bytes, Callable[[bytes], bytes]]:
     """Encapsulate a binary HTTP request (section 4.3).
 
     Returns the encapsulated request (message + 55 bytes) and the function that opens its answer, which raises
@@ -93,28 +100,44 @@ def seal_request(message: bytes, config: KeyConfig) -> tuple[bytes, Callable[[by
     aead = config.aeads[0]
     suite = CipherSuite.new(KEM, KDF, aead)
     header = struct.pack(">BHHH", config.key_id, KEM.value, KDF.value, aead.value)
-    enc, context = suite.create_sender_context(suite.kem.deserialize_public_key(config.public_key), _request_info(header))
+    enc, context = suite.create_sender_context(
+        suite.kem.deserialize_public_key(config.public_key), _request_info(header, chunked)
+    )
 
     def open_answer(capsule: bytes) -> bytes:
-        size = max(NONCE, AEADS[aead][1])
-        key, nonce = _answer_keys(context, aead, enc, capsule[:size])
+        size = _answer_size(aead.value)
+        key, nonce = _answer_keys(context, aead.value, enc, capsule[:size], chunked)
         try:
+            if chunked:
+                return _joined(capsule[size:], lambda piece, aad, i: key.decrypt(numbered(nonce, i), piece, aad))
             return key.decrypt(nonce, capsule[size:], b"")
         except (InvalidTag, ValueError):
             raise CapsuleError("the answer cannot be opened: it is not the answer to this request") from None
 
-    return header + enc + context.seal(message), open_answer
+    sealed = _pieces(message, lambda piece, aad, _: context.seal(piece, aad)) if chunked else context.seal(message)
+    return header + enc + sealed, open_answer
+
+
+Opened = tuple[bytes, Callable[[bytes], bytes]]
+"""What was inside a capsule, and the function that seals its answer."""
+
+
+def name_of(capsule: bytes) -> bytes:
+    """What a sealed request has for itself: the key that was made for it."""
+    return capsule[7 : 7 + ENCAPSULATED_KEY]
 
 
 class Gateway:
     """The private keys of one model, by key id."""
 
     def __init__(self, private_keys: dict[int, bytes]):
-        suite = CipherSuite.new(KEM, KDF, AEADId.AES128_GCM)
-        self._keys = {key_id: suite.kem.deserialize_private_key(key) for key_id, key in private_keys.items()}
-        self._suites = {aead.value: CipherSuite.new(KEM, KDF, aead) for aead in AEADS}
+        self._keys = {key_id: hpke.PrivateKey(key) for key_id, key in private_keys.items()}
 
-    def open_request(self, capsule: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    def knows(self, capsule: bytes) -> bool:
+        """Whether it has a key of the id that a capsule names."""
+        return capsule[:1] != b"" and capsule[0] in self._keys
+
+    def open_request(self, capsule: bytes, chunked: bool = False) -> Opened:
         """The binary HTTP request inside, and the function that seals its answer (section 4.4).
 
         Raises CapsuleError, the same for every cause.
@@ -122,35 +145,55 @@ class Gateway:
         refused = CapsuleError("the encapsulated request cannot be opened: fetch the key configuration again")
         if len(capsule) < 7 + ENCAPSULATED_KEY + 16:
             raise refused
-        key_id, kem, kdf, aead_id = struct.unpack_from(">BHHH", capsule)
-        suite, key = self._suites.get(aead_id), self._keys.get(key_id)
-        if kem != KEM.value or kdf != KDF.value or suite is None or key is None:
+        key_id, kem, kdf, aead = struct.unpack_from(">BHHH", capsule)
+        key = self._keys.get(key_id)
+        if kem != hpke.KEM or kdf != hpke.KDF or aead not in hpke.AEADS or key is None:
             raise refused
-        enc = capsule[7 : 7 + ENCAPSULATED_KEY]
+        enc, sealed = name_of(capsule), capsule[7 + ENCAPSULATED_KEY :]
         try:
-            context = suite.create_recipient_context(enc, key, _request_info(capsule[:7]))
-            message = context.open(capsule[7 + ENCAPSULATED_KEY :])
-        except (PyHPKEError, ValueError):
+            context = key.receive(enc, aead, _request_info(capsule[:7], chunked))
+            message = _joined(sealed, context.open) if chunked else context.open(sealed)
+        except (InvalidTag, ValueError, CapsuleError):
             raise refused from None
-        aead = AEADId(aead_id)
 
         def seal_answer(answer: bytes) -> bytes:
-            response_nonce = secrets.token_bytes(max(NONCE, AEADS[aead][1]))
-            key, nonce = _answer_keys(context, aead, enc, response_nonce)
-            return response_nonce + key.encrypt(nonce, answer, b"")
+            response_nonce = secrets.token_bytes(_answer_size(aead))
+            key, nonce = _answer_keys(context, aead, enc, response_nonce, chunked)
+            if chunked:
+                sealed = _pieces(answer, lambda piece, aad, i: key.encrypt(numbered(nonce, i), piece, aad))
+            else:
+                sealed = key.encrypt(nonce, answer, b"")
+            return response_nonce + sealed
 
         return message, seal_answer
 
 
-def _request_info(header: bytes) -> bytes:
-    return b"message/bhttp request\0" + header
+def _pieces(message: bytes, seal: Callable[[bytes, bytes, int], bytes]) -> bytes:
+    """seal: (a piece, its associated data, its number) -> the piece sealed."""
+    *others, last = [message[at : at + CHUNK] for at in range(0, len(message), CHUNK)] or [b""]
+    sealed = [seal(piece, b"", i) for i, piece in enumerate(others)]
+    return b"".join(bhttp.varint(len(s)) + s for s in sealed) + bhttp.varint(0) + seal(last, b"final", len(others))
 
 
-def _answer_keys(context, aead: AEADId, enc: bytes, response_nonce: bytes):
-    cipher, size = AEADS[aead]
-    secret = context.export(b"message/bhttp response", max(NONCE, size))
+def _joined(data: bytes, open_piece: Callable[[bytes, bytes, int], bytes]) -> bytes:
+    """The inverse of `_pieces`. Raises CapsuleError, and what `open_piece` raises."""
+    reader, found = bhttp.Reader(data), []
+    while size := reader.varint():
+        found.append(open_piece(reader.take(size), b"", len(found)))
+    return b"".join([*found, open_piece(data[reader.at :], b"final", len(found))])
 
-    def derive(label: bytes, length: int) -> bytes:
-        return HKDF(hashes.SHA256(), length, salt=enc + response_nonce, info=label).derive(secret)
 
-    return cipher(derive(b"key", size)), derive(b"nonce", NONCE)
+def _request_info(header: bytes, chunked: bool) -> bytes:
+    return (b"message/bhttp chunked request\0" if chunked else b"message/bhttp request\0") + header
+
+
+def _answer_size(aead: int) -> int:
+    """Bytes of an answer's nonce and of the secret that its keys come from."""
+    return max(NONCE, hpke.AEADS[aead][1])
+
+
+def _answer_keys(context: Any, aead: int, enc: bytes, response_nonce: bytes, chunked: bool) -> tuple[Any, bytes]:
+    label = b"message/bhttp chunked response" if chunked else b"message/bhttp response"
+    key = hpke.extract(enc + response_nonce, context.export(label, _answer_size(aead)))
+    cipher, size = hpke.AEADS[aead]
+    return cipher(hpke.expand(key, b"key", size)), hpke.expand(key, b"nonce", NONCE)

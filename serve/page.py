@@ -25,7 +25,7 @@ EXAMPLES: dict[str, Any] = {
 }
 
 
-def openapi(models: list[Identity], required: bool) -> dict[str, Any]:
+def openapi(models: list[Identity], encrypted: str) -> dict[str, Any]:
     """OpenAPI 3.1."""
     paths: dict[str, Any] = {
         "/v2": _get("The server", {"type": "object"}),
@@ -45,13 +45,16 @@ def openapi(models: list[Identity], required: bool) -> dict[str, Any]:
             "The signature and the schema", {"type": "object", "required": ["model_spec", "metadata"]}
         )
         paths[f"{base}/ohttp-keys"] = _get("Keys for sealed requests (RFC 9458), signed", None, kind="application/ohttp-keys")
+        paths[f"{base}/rollout"] = _get(
+            "Aliases, and what became of the latest rollout", {"type": "object", "required": ["aliases"]}
+        )
         paths[f"/v2/models/{model.name}"] = _get(
             "Inputs and outputs", {"type": "object", "required": ["name", "inputs", "outputs"]}
         )
         paths[f"/v2/models/{model.name}/ready"] = _get("Whether it can answer", {"type": "object"}, (503,))
         row, verb = _row(model), "classify" if model.schema.classes else "regress"
         rows = {"type": "array", "minItems": 1, "items": row}
-        refused = (403,) if required else ()
+        refused = (403,) if encrypted == "required" else ()
         for path, key, given, found in (
             (f"{base}:predict", "instances", rows, "predictions"),
             (f"{base}:{verb}", "examples", {"type": "array", "minItems": 1, "items": _object(model)}, "results"),
@@ -159,12 +162,12 @@ def _example(feature: Feature) -> Any:
     return found
 
 
-def html(models: list[Identity], required: bool) -> bytes:
-    cards = "".join(_card(m, required) for m in models)
+def html(models: list[Identity], encrypted: str) -> bytes:
+    cards = "".join(_card(m, encrypted) for m in models)
     return PAGE.replace("@CARDS@", cards).encode()
 
 
-def _card(model: Identity, required: bool) -> str:
+def _card(model: Identity, encrypted: str) -> str:
     schema, e = model.schema, escape.escape
     rows = "".join(
         f"<tr><td>{e(f.name)}</td><td>{e(f.kind)}{' ' + str(list(f.shape)) if f.shape else ''}</td>"
@@ -175,7 +178,7 @@ def _card(model: Identity, required: bool) -> str:
     sample = {"instances": [{f.name: _example(f) for f in schema.features}]}
     form = (
         "<p>This model takes sealed requests only: use <code>heliograph predict</code>.</p>"
-        if required
+        if encrypted == "required"
         else f'<textarea rows="6" spellcheck="false">{e(json.dumps(sample))}</textarea>'
         f'<button data-path="/v1/models/{e(model.name)}:predict">predict</button><pre></pre>'
     )

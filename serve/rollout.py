@@ -61,8 +61,8 @@ def begin(registry: Registry, name: str, version: int, percent: float, seconds: 
     return state
 
 
-def follow(registry: Registry, name: str, state: State, wait: bool, say: Callable[[str], None]) -> None:
-    """Tell how a rollout goes until its verdict. Raises RolledBack."""
+def follow(look: Callable[[], State], name: str, state: State, wait: bool, say: Callable[[str], None]) -> None:
+    """Tell how a rollout goes until its verdict. look: reads the model's state anew. Raises RolledBack."""
     rollout = state.rollout
     assert rollout is not None
     known = f"{name}@{rollout.version}"
@@ -72,7 +72,7 @@ def follow(registry: Registry, name: str, state: State, wait: bool, say: Callabl
     say(f"{known} gets {rollout.percent:g} % of the requests beside {name}@{state.aliases[PRODUCTION]}")
     while wait:
         time.sleep(LOOK_SECONDS)
-        now = registry.state(name).rollout
+        now = look().rollout
         if now is None or now.started != rollout.started:
             raise RolledBack(f"{known}: another rollout began: this one is no longer judged")
         if now.verdict:

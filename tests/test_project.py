@@ -62,8 +62,8 @@ serve: {host: 0.0.0.0}
         "heliograph.yaml:9: train.workers: found 0: should be greater than or equal to 1",
         "heliograph.yaml:11: train.epochs: stands here a second time: keep one",
         "heliograph.yaml:12: train.optimizer.learning_rate: found -1: should be greater than 0",
-        "heliograph.yaml:13: serve.host: found '0.0.0.0': "
-        "only 127.0.0.1 is served: an endpoint has no access control of its own yet",
+        "heliograph.yaml:13: serve: found {'host': '0.0.0.0'}: "
+        "host is 0.0.0.0, which others can reach: that needs tls: true and access: tokens beside it",
     ]
 
 
@@ -71,7 +71,7 @@ serve: {host: 0.0.0.0}
     ("text", "line"),
     [
         ("name: x\n\tdata: 1\n", "heliograph.yaml:2: found character '\\t' that cannot start any token (indent with spaces"),
-        ("- name\n", "heliograph.yaml:1: a project is a mapping of sections: name, data, model, train, serve, keys"),
+        ("- name\n", "heliograph.yaml:1: a project is a mapping of sections: name, data, model, train, serve, tune, keys"),
         ("", "heliograph.yaml:1: a project is a mapping of sections"),
         (GOOD + "train: {workers: 9, batch_size: 64}\n", "train.workers is 9, but data.shards is 8"),
         (GOOD + "train: {workers: 4, batch_size: 4}\n", "train.batch_size is 4, but 4 workers need at least 8 rows"),

@@ -1,13 +1,16 @@
 """Local mode: on loopback, and nothing left behind."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from heliograph.cluster import haproxy
-from heliograph.cluster.runtime import PREFIX, TEMP, explained, keep_on_loopback, sweep
+from heliograph.cluster.runtime import PREFIX, TEMP, explained, free_port, keep_on_loopback, sweep
 from heliograph.cluster.storage import publish_folder, write_bytes
 from heliograph.errors import CapsuleError, DataError, HeliographError, RequestError
 
@@ -23,8 +26,7 @@ def test_a_socket_that_listens_everywhere_is_tied_to_loopback():
 
 def test_haproxys_wildcard_binds_become_loopback_and_no_other_line_changes(tmp_path):
     config = "frontend a\n    bind :9101\nfrontend b\n  bind *:8404\nfrontend c\n    bind 127.0.0.1:8000\n    log x:514\n"
-    edited = haproxy.WILDCARD_BIND.sub(r"\g<1>127.0.0.1:", config)
-    assert edited.splitlines() == [
+    assert haproxy.edited(config).splitlines() == [
         "frontend a",
         "    bind 127.0.0.1:9101",
         "frontend b",
@@ -36,6 +38,49 @@ def test_haproxys_wildcard_binds_become_loopback_and_no_other_line_changes(tmp_p
     haproxy.write_launcher(tmp_path / "haproxy")
     done = subprocess.run([tmp_path / "haproxy", "-v"], capture_output=True, text=True, check=False, cwd="/")
     assert "HAProxy version" in done.stdout, done.stderr
+
+
+CONFIG = """global
+    maxconn 10
+defaults
+    mode http
+    timeout client 5s
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    http-request return status 200 content-type text/plain string "pid"
+"""
+
+
+def test_a_killed_haproxy_is_bridged_until_its_owner_ends(tmp_path):
+    port, config = free_port(), tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG.format(port=port))
+    haproxy.write_launcher(tmp_path / "haproxy")
+    owner = f"import subprocess; subprocess.run(['{tmp_path}/haproxy', '-db', '-f', '{config}']); input()"
+    process = subprocess.Popen([sys.executable, "-c", owner], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as wire:
+            wire.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            return b" 200 " in wire.recv(100)
+        return False
+
+    def until(wanted: bool) -> None:
+        end = time.monotonic() + 20
+        while answers() != wanted:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    try:
+        until(True)
+        (proxy,) = [p for p in psutil.Process(process.pid).children() if p.name() == "haproxy"]
+        proxy.kill()
+        until(True)
+        assert config.with_suffix(".bridge.pid").exists()
+    finally:
+        process.kill()
+        process.wait()
+    until(False)
+    assert not config.with_suffix(".bridge.pid").exists()
 
 
 def test_folders_of_killed_heliographs_are_swept_and_those_of_living_ones_are_not():
@@ -88,3 +133,37 @@ def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     write_bytes(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+SLOW = """
+import subprocess, sys
+from heliograph.cluster.runtime import LocalCluster
+from heliograph.errors import HeliographError
+import psutil, ray
+real, times = ray.init, int(sys.argv[1])
+
+def slow(**options):
+    global times
+    times -= 1
+    if times >= 0:
+        subprocess.Popen(["sleep", "300"])
+        raise Exception("The current node timed out during startup. This could happen because …")
+    return real(**options)
+
+ray.init = slow
+with LocalCluster(1) as cluster:
+    try:
+        cluster.start()
+        print(ray.get(ray.remote(lambda: "done").remote()))
+    except HeliographError as error:
+        print(error)
+    print(sum(p.name() == "sleep" for p in psutil.Process().children()))
+"""
+
+
+@pytest.mark.parametrize(("times", "said"), [(1, "done"), (2, "this machine has too much to do now")])
+def test_a_ray_that_starts_too_slowly_is_started_once_more(times, said):
+    ran = subprocess.run([sys.executable, "-c", SLOW, str(times)], capture_output=True, text=True, check=False, timeout=200)
+    lines = ran.stdout.splitlines()
+    assert said in lines[0], ran.stderr
+    assert lines[1] == "0"  # what the first try had started is gone

@@ -7,7 +7,7 @@ import pytest
 from heliograph.datasets.shards import Manifest
 from heliograph.errors import RunError
 from heliograph.jobs.anomaly import Detector
-from heliograph.jobs.steps import FINITE, LOSS, NORM, OWN
+from heliograph.jobs.steps import FINITE, LOSS, NORM, OWN, RATE
 from heliograph.jobs.watch import EVENTS, STEPS, read_lines
 
 from . import traced
@@ -29,7 +29,15 @@ def test_a_sound_training_gives_no_alarm():
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "within"), [("nan", "nan", 1), ("loss", "loss", 3), ("dead", "gradient", 5), ("slow", "time 1", 5)]
+    ("fault", "kind", "within"),
+    [
+        ("nan", "nan", 1),
+        ("loss", "loss", 3),
+        ("dead", "gradient", 5),
+        ("vanished", "gradient", 5),
+        ("rate", "rate", 1),
+        ("slow", "time 1", 5),
+    ],
 )
 def test_a_fault_is_named_soon_and_once(fault, kind, within):
     own, seconds = signals(620)
@@ -39,6 +47,10 @@ def test_a_fault_is_named_soon_and_once(fault, kind, within):
         own[600:, LOSS] *= 8
     elif fault == "dead":
         own[600:, NORM] *= 1e-5
+    elif fault == "vanished":
+        own[600:, [LOSS, NORM]] *= 1e-5
+    elif fault == "rate":
+        own[600:, RATE] *= 5
     else:
         seconds[600:, 1] *= 1.6
     found = Detector(2).see(0, own, seconds)

@@ -1,5 +1,6 @@
 """A model in stages trains what the whole model trains, and its checkpoints are the whole model's."""
 
+import itertools
 import shutil
 
 import keras
@@ -31,15 +32,22 @@ def branched() -> keras.Model:
     return keras.Model(inputs, layers.Dense(4, activation="softmax", name="last")(joined))
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-def test_stages_one_after_the_other_are_the_whole_model(stages):
-    model = branched()
-    rows = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
-    cut = choose(model, stages, rows)
-    passed = [rows]
-    for stage in split(model, cut.places):
+ROWS = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
+
+
+@pytest.mark.parametrize("places", [places for n in (1, 2, 3, 4) for places in itertools.combinations((1, 2, 3, 4), n)])
+def test_stages_one_after_the_other_are_the_whole_model(places):
+    """Also where a skip connection passes straight through a whole stage."""
+    model, passed = branched(), [ROWS]
+    for stage in split(model, places):
         passed = keras.tree.flatten(stage(passed))
-    assert np.allclose(passed[0], model(rows), atol=1e-7)
+    assert np.allclose(passed[0], model(ROWS), atol=1e-7)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_each_stage_is_measured_and_weighed(stages):
+    model = branched()
+    cut = choose(model, stages, ROWS)
     assert len(cut.seconds) == stages and min(cut.seconds) > 0
     assert sum(cut.bytes) == 4 * 4 * model.count_params()
 
@@ -92,7 +100,7 @@ def test_a_pipeline_trains_what_one_process_trains_and_either_goes_on_with_the_o
                 assert line[figure] == pytest.approx(one[figure], rel=1e-4), (name, figure)
         assert result(tmp_path / name)["onnx_gap"] < 1e-5
     # The state is the same one, so it can change hands in the middle of an epoch.
-    states = [read(newest(tmp_path / name / "checkpoints")[0])[1] for name in ("whole", "kept")]
+    states = [read(newest(tmp_path / name / "checkpoints")[0], None)[1] for name in ("whole", "kept")]
     assert [v.shape for v in states[0]] == [v.shape for v in states[1]]
     assert max(float(np.abs(a - b).max()) for a, b in zip(*states, strict=True) if a.ndim) < 1e-3
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000046", tmp_path / "on" / "checkpoints" / "step-00000046")

@@ -46,11 +46,15 @@ def build(schema, hp):
     x = keras.layers.Dense(8, activation="tanh")(x)
     return keras.Model(inputs, keras.layers.Dense(schema.outputs, activation="softmax")(x))
 '''
+AHEAD = 3
+"""A rank may have its first rows some seconds before rank 0 writes that an attempt began; attempts are further apart."""
 FILE = """\
 name: traced
 data: {{source: rows.csv, target: kind, split: {{validation: 0.1, test: 0.1}}, preprocess: [], shards: 4, encrypt: false}}
 model: {{hp: {{folder: {folder}, pause: {pause}}}}}
-train: {{epochs: {epochs}, batch_size: 16, workers: {workers}, checkpoint: {{seconds: 0.3}}, optimizer: {{learning_rate: 0.01}}}}
+train:
+  {{epochs: {epochs}, batch_size: 16, workers: {workers}, encrypt: true,
+   checkpoint: {{seconds: 0.3}}, optimizer: {{learning_rate: 0.01}}}}
 """
 
 
@@ -86,7 +90,7 @@ def epochs_of_rows(traces: Path, trained: Path, steps_of_epoch: int) -> list[lis
             begun.append((event["time"], int(event["text"].split()[0]), event["step"]))
     by_step: dict[int, list[int]] = {}
     for (since, workers, start), end in zip(begun, [*(time for time, *_ in begun[1:]), float("inf")], strict=True):
-        files = [f for f in traces.iterdir() if since < int(f.name.split("-")[0]) / 1e9 < end]
+        files = [f for f in traces.iterdir() if since < int(f.name.split("-")[0]) / 1e9 + AHEAD < end]
         if not files:
             continue  # it ended before its first step
         assert len(files) == workers, f"{files} for {workers} workers"

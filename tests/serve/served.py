@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from heliograph.cluster.keys import KeyStore
+from heliograph.cluster.sealed import Seal, create
 from heliograph.datasets.preprocess import Preprocessing
 from heliograph.datasets.schema import Feature, Schema
 from heliograph.jobs import bundle
@@ -13,7 +14,7 @@ from heliograph.jobs.registry import Registry
 from heliograph.project import Serve
 from heliograph.serve.application import Application, Seen
 from heliograph.serve.messages import Answer, Request
-from heliograph.serve.metrics import Stats
+from heliograph.serve.metrics import Stats, Tally
 from heliograph.serve.models import Models
 from onnx import TensorProto, helper, numpy_helper
 
@@ -32,7 +33,9 @@ TABLE = Schema(
 )
 
 
-def write_bundle(folder: Path, keys: KeyStore, name: str, schema: Schema, weights: list[list[float]]) -> Path:
+def write_bundle(
+    folder: Path, keys: KeyStore, name: str, schema: Schema, weights: list[list[float]], sealed: bool = False
+) -> Path:
     """A signed bundle whose model is `inputs @ weights`, NaN as 0."""
     parts = folder.with_name(f"{folder.name}-parts")
     parts.mkdir(parents=True)
@@ -54,8 +57,15 @@ def write_bundle(folder: Path, keys: KeyStore, name: str, schema: Schema, weight
     graph = helper.make_graph(nodes, "m", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, parts / "model.onnx")
+    files = sorted(parts.iterdir())
+    if sealed:
+        trained = parts / "sealed"  # as a training leaves its models
+        trained.mkdir()
+        with create(trained / "model.onnx", Seal.make(trained, keys)) as out:
+            out.write((parts / "model.onnx").read_bytes())
+        files = [*(f for f in files if f.name != "model.onnx"), trained / "model.onnx"]
     folder.mkdir()
-    bundle.make(folder, name, {}, sorted(parts.iterdir()), keys)
+    bundle.make(folder, name, {}, files, keys)
     return folder
 
 
@@ -66,18 +76,26 @@ class Room:
         self.folder, self.keys = folder, KeyStore(folder / "keys")
         self.registry = Registry(folder / "registry")
         self.stats, self.options, self.count = Stats(), Serve(**options), 0
+        self.tally = Tally()
         self.models = Models(self.registry, self.keys, self.options, 1, self.stats)
-        self.application = Application(self.models, self.options.encrypted == "required", self._total)
+        self.application = Application(self.models, self._total, self._first)
+
+    async def _first(self, name: bytes) -> bool:
+        return self.tally.first(name)
 
     async def _total(self) -> Stats:
         return self.stats
 
-    def add(self, name: str, schema: Schema, weights: list[list[float]]) -> int:
+    def add(self, name: str, schema: Schema, weights: list[list[float]], sealed: bool = False) -> int:
         self.count += 1
-        return self.registry.add(name, write_bundle(self.folder / f"bundle-{self.count}", self.keys, name, schema, weights))
+        made = write_bundle(self.folder / f"bundle-{self.count}", self.keys, name, schema, weights, sealed)
+        return self.registry.add(name, made)
 
     def follow(self) -> None:
         asyncio.run(self.models.follow())
 
     def ask(self, method: str, path: str, body: bytes = b"", kind: str = "application/json", json_length=None) -> Answer:
-        return asyncio.run(self.application.answer(Request(method, path, kind, body, json_length), Seen()))
+        return self.request(Request(method, path, kind, body, json_length))
+
+    def request(self, request: Request, seen: Seen | None = None) -> Answer:
+        return asyncio.run(self.application.answer(request, seen or Seen()))

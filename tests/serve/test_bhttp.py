@@ -1,11 +1,15 @@
 """Binary HTTP (RFC 9292): both framings are read, and nothing that is malformed gets through."""
 
+import json
+
 import pytest
 from heliograph.errors import CapsuleError
 from heliograph.serve import bhttp
 from heliograph.serve.bhttp import Request, Response
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ..conftest import VECTORS
 
 words = st.binary(max_size=200)
 names = st.binary(min_size=1, max_size=20).filter(lambda name: not name.startswith(b":"))
@@ -60,3 +64,24 @@ def test_a_truncated_request_is_refused_but_at_the_end_of_a_section():
             bhttp.decode_request(message[:cut])
     for cut in sections:  # RFC 9292, section 3.8: what would be empty may be left out
         assert bhttp.decode_request(message[:cut]).path == b"/p"
+
+
+def test_the_standards_own_examples():
+    """RFC 9292, section 5."""
+    found = json.loads((VECTORS / "rfc9292.json").read_text())
+    vector = {name: bytes.fromhex(value) for name, value in found.items() if name != "source"}
+    fields = [
+        (b"user-agent", b"curl/7.16.3 libcurl/7.16.3 OpenSSL/0.9.7l zlib/1.2.3"),
+        (b"host", b"www.example.com"),
+        (b"accept-language", b"en, mi"),
+    ]
+    request = bhttp.Request(b"GET", b"https", b"", b"/hello.txt", fields)
+    assert bhttp.encode_request(request) == vector["known_request"]
+    for message, removable in ((vector["known_request"], 2), (vector["indeterminate_request"], 12)):
+        for cut in range(removable + 1):
+            assert bhttp.decode_request(message[: len(message) - cut]) == request
+    answer = bhttp.decode_response(vector["indeterminate_response"])
+    assert (answer.status, answer.content) == (200, b"Hello World! My content includes a trailing CRLF.\r\n")
+    assert [name for name, _ in answer.fields][:3] == [b"date", b"server", b"last-modified"]
+    answer = bhttp.decode_response(vector["known_response"])
+    assert (answer.status, answer.fields, answer.content) == (200, [], b"This content contains CRLF.\r\n")

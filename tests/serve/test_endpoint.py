@@ -1,12 +1,19 @@
 """The digits bundle behind real HTTP: what it answers, what it refuses, and what somebody in between sees."""
 
 import base64
+import contextlib
+import functools
 import http.client
 import json
+import os
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,8 +27,8 @@ from heliograph.jobs.engine import Engine
 from heliograph.jobs.registry import Registry
 from heliograph.project import Serve
 from heliograph.serve import bhttp, ohttp
+from heliograph.serve.door import Door
 from heliograph.serve.endpoint import Endpoint, check_port, start
-from heliograph.serve.models import Door
 
 PREDICT = "/v1/models/digits:predict"
 
@@ -119,6 +126,22 @@ def test_a_request_inside_a_capsule_for_another_path_is_refused_inside(url):
     assert bhttp.decode_response(open_answer(outer.content)).status == 404
 
 
+@pytest.mark.skipif(not shutil.which("npm"), reason="Node.js is not installed: apt-get install nodejs npm")
+def test_a_client_in_javascript_that_others_wrote_is_answered(url, images, tmp_path):
+    shutil.copytree(Path(__file__).parent / "javascript", tmp_path / "client")
+    run = functools.partial(subprocess.run, cwd=tmp_path / "client", check=True, capture_output=True, text=True, timeout=120)
+    run(["npm", "ci", "--silent", "--no-audit", "--no-fund"])
+    with Client(url, "digits") as client:
+        own = client.predict(images[:2])
+    for rows, status in ((images[:2].tolist(), 200), ([[1, 2]], 400)):
+        said = run(["node", "client.mjs", url, "digits", json.dumps({"instances": rows})]).stdout
+        answers = [json.loads(line) for line in said.splitlines()]
+        assert [a["aead"] for a in answers] == [1, 2]
+        assert all((a["outer"], a["status"]) == (200, status) for a in answers)
+        if status == 200:
+            assert all(np.allclose(a["body"]["predictions"], own, atol=1e-6) for a in answers)
+
+
 def test_a_body_that_is_too_large_is_refused_with_413(url):
     parts = url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(parts[0], int(parts[1]), timeout=30)
@@ -143,15 +166,6 @@ def test_keys_that_another_operator_signed_are_not_used(url, tmp_path, images):
     stranger.signing_key()
     with Client(url, "digits", trust=stranger.public_key()) as client, pytest.raises(SignatureError, match="is not signed by"):
         client.predict(images)
-
-
-def test_a_key_configuration_is_bound_to_the_models_name(endpoint):
-    from heliograph.serve.client import check_signature
-
-    door = Door("digits", endpoint.keys)
-    check_signature(endpoint.keys.public_key(), "digits", door.configs, door.signature)
-    with pytest.raises(SignatureError):
-        check_signature(endpoint.keys.public_key(), "other", door.configs, door.signature)
 
 
 class Recorder:
@@ -236,3 +250,73 @@ def test_a_bundle_with_a_changed_byte_is_not_served(endpoint, cluster, tmp_path)
     damaged = replace(endpoint, registry=changed, options=Serve(port=free_port()))
     with pytest.raises(SignatureError, match="was changed"):
         start(damaged, cluster)
+
+
+def written_places() -> Iterator[tuple[str, bytes]]:
+    """All that Ray keeps of what passes through it: its session's files, its object store, its key-value store, and the
+    command lines and environments of its processes."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    for file in session.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            yield str(file), file.read_bytes()
+    for space in (None, b"serve", b"fun", b"job", b"session", b"train"):
+        for key in _internal_kv_list(b"", namespace=space):
+            yield f"key-value store, {key}", key + (_internal_kv_get(key, namespace=space) or b"")
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+            for what in ("environ", "cmdline"):
+                yield f"{process.name()}, {what}", Path(f"/proc/{process.pid}/{what}").read_bytes()
+            for place in Path(f"/proc/{process.pid}/fd").iterdir():
+                if str(place.readlink()).startswith("/dev/shm/"):
+                    yield f"object store of {process.name()}", allocated(place)
+
+
+def allocated(file: Path) -> bytes:
+    """What was written to a sparse file."""
+    found, at = [], 0
+    with file.open("rb", buffering=0) as source:
+        size = source.seek(0, os.SEEK_END)
+        while at < size:
+            try:
+                begin = os.lseek(source.fileno(), at, os.SEEK_DATA)
+            except OSError:  # nothing but a hole
+                break
+            at = os.lseek(source.fileno(), begin, os.SEEK_HOLE)
+            found.append(os.pread(source.fileno(), at - begin, begin))
+    return b"".join(found)
+
+
+def test_neither_keys_nor_inputs_are_anywhere_that_ray_writes(url, endpoint):
+    import ray
+
+    secret = np.round(np.random.default_rng().uniform(1, 250, (8, 8)), 3)  # nobody else has sent it
+    with Client(url, "digits") as client:
+        client.predict([secret])
+    key = endpoint.keys.secret("digits-hpke-1")
+    derived = Door(endpoint.keys, "digits", None, 60)._private[1]
+    needles = [form for k in (key, derived) for form in (k, k.hex().encode(), base64.b64encode(k))]
+    needles += [needle for row in secret for needle in encodings(row)]
+    planted = os.urandom(32)
+    held = ray.put(np.frombuffer(planted * 10_000, np.uint8))
+    file = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "planted.log"
+    file.write_bytes(b"key: " + planted.hex().encode())
+    found, hiding = set(), set()
+    for name, content in written_places():
+        found |= {name for needle in needles if needle in content}
+        hiding |= {name for needle in (planted, planted.hex().encode()) if needle in content}
+    file.unlink()
+    del held
+    assert not found
+    assert any(name.startswith("object store") for name in hiding)
+    assert str(file) in hiding
+
+
+def test_a_replica_leaves_no_core_file(url):
+    named = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+    assert named
+    for process in named:
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert re.search(r"Max core file size\s+0\s+0", limits)

@@ -8,16 +8,18 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 
 import httpx
 import numpy as np
 import psutil
 import pytest
 import schemathesis
+from heliograph.cluster.keys import request_key
 from heliograph.cluster.runtime import free_port
 from heliograph.errors import EndpointError, RequestError, RolledBack
 from heliograph.project import Serve
-from heliograph.serve import bulk
+from heliograph.serve import bhttp, bulk, ohttp
 from heliograph.serve.client import AsyncClient, Client
 from heliograph.serve.endpoint import Endpoint
 from heliograph.serve.rollout import begin, follow
@@ -40,7 +42,7 @@ def room(tmp_path_factory) -> Room:
 
 @pytest.fixture(scope="module")
 def url(room, served) -> Iterator[str]:
-    options = Serve(port=free_port(), replicas=2)
+    options = Serve(port=free_port(), replicas=2, replays="refused")
     with served(Endpoint("pets", room.registry, room.keys, options, room.folder / "serve.log")) as url:
         yield url
 
@@ -109,13 +111,42 @@ def test_a_slow_body_is_given_up_and_holds_nobody_else(url, monkeypatch):
             wire.close()
 
 
+def test_a_head_request_is_answered_though_no_body_follows(url):
+    with httpx.Client(timeout=10) as client:
+        assert client.head(f"{url}/docs").status_code == 405
+        assert client.get(f"{url}/docs").status_code == 200  # on the same connection
+
+
+def test_a_sealed_request_is_answered_once_by_all_replicas_together(url):
+    (key,) = ohttp.decode_configs(httpx.get(f"{url}/v1/models/pets/ohttp-keys").content)
+    fields = [(b"date", formatdate(usegmt=True).encode())]
+    inner = bhttp.encode_request(bhttp.Request(b"POST", b"http", b"x", b"/v1/models/pets:predict", fields, GOOD))
+    capsule, open_answer = ohttp.seal_request(inner, key)
+    statuses = []
+    for _ in range(12):  # each on a connection of its own, which either replica may get
+        answer = httpx.post(f"{url}/v1/models/pets:predict", content=capsule, headers={"content-type": ohttp.REQUEST_TYPE})
+        statuses.append(bhttp.decode_response(open_answer(answer.content)).status)
+    assert sorted(statuses) == [200] + [409] * 11
+    assert statuses[0] == 200
+
+
+def test_keys_are_rotated_while_clients_ask(url, room):
+    with Client(url, "pets", retries=0) as old:
+        for _ in range(5):
+            room.keys.rotate(request_key("pets"))
+            for _ in range(5):
+                with Client(url, "pets", retries=0, trust=room.keys.public_key()) as new:
+                    assert new.predict([[1, 2]]) == old.predict([[1, 2]]) == [[1, 2]]
+
+
 def test_a_request_id_comes_back_and_the_log_has_it_but_no_input(url, room):
     answer = httpx.post(
         f"{url}/v1/models/pets:predict", content=b'{"instances": [[1, 734.25]]}', headers={"x-request-id": "me-1"}
     )
     assert answer.headers["x-request-id"] == "me-1"
     end = time.monotonic() + 10
-    while b'"me-1"' not in (text := (room.folder / "serve.log").read_bytes()):
+    log = room.folder / "serve.log"
+    while b'"me-1"' not in (text := log.read_bytes() if log.exists() else b""):
         assert time.monotonic() < end
         time.sleep(0.1)
     line = next(json.loads(each) for each in text.splitlines() if b'"me-1"' in each)
@@ -246,7 +277,7 @@ def test_a_new_version_that_fails_is_rolled_back(url, room):
     assert set(codes) == {200, 500}
     assert codes.count(500) < 200
     with pytest.raises(RolledBack, match=r"rolled back: .* requests failed"):
-        follow(room.registry, "pets", state, True, print)
+        follow(lambda: room.registry.state("pets"), "pets", state, True, print)
     time.sleep(1.5)
     assert {predict(url).headers["model-version"] for _ in range(30)} == {"2"}
 

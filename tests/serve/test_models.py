@@ -3,9 +3,11 @@
 import asyncio
 import json
 import random
+import shutil
 
 import pytest
-from heliograph.errors import RegistryError
+from heliograph.cluster.sealed import FORMAT, KEY_FILE, SEALED_KEY, rewrap_all
+from heliograph.errors import KeyStoreError, RegistryError, SealError
 from heliograph.jobs.registry import PRODUCTION, Rollout, State, parse
 from heliograph.serve.metrics import SECONDS, Stats, quantile
 from heliograph.serve.rollout import Share, begin, judge, share
@@ -161,3 +163,27 @@ def test_counts_add_up_over_replicas_and_quantiles_lie_in_their_buckets():
     assert 0.004 <= quantile(counts, 0.5) <= 0.008
     assert quantile([0.0] * (len(SECONDS) + 2), 0.5) == 0
     assert b'heliograph_requests_total{code="200",model="pets",protocol="oip",version="1"} 3.0' in total.page()
+
+
+def test_a_sealed_model_answers_before_and_after_its_key_is_rotated_and_a_lost_key_is_named(tmp_path):
+    room = Room(tmp_path)
+    for name, weights in (("pets", TWO), ("birds", THREE)):
+        room.add(name, TENSOR, weights, sealed=True)
+    folder = room.registry.bundle("pets", 1)
+    assert {f.name for f in folder.iterdir() if f.read_bytes().startswith(FORMAT)} == {
+        "model.onnx", "schema.json", "preprocess.json", "metrics.json",
+    }  # fmt: skip
+    room.follow()
+    assert version_of(room) == ("1", [2.0, 2.0])
+    room.keys.rotate(SEALED_KEY)
+    assert rewrap_all(room.registry.folder, room.keys) == 2
+    room.keys.retire(SEALED_KEY)
+    again = Room(tmp_path)
+    again.follow()
+    assert version_of(again) == ("1", [2.0, 2.0])
+    shutil.copyfile(room.registry.bundle("birds", 1) / KEY_FILE, folder / KEY_FILE)  # another folder's key opens nothing
+    with pytest.raises(SealError, match="was changed, cut or sealed as another file"):
+        again.models.open(("pets", 1))
+    (room.keys.folder / "sealed-2.key").unlink()
+    with pytest.raises(KeyStoreError, match=r"sealed-2\.key: no such key"):
+        again.models.open(("birds", 1))

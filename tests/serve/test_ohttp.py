@@ -42,17 +42,22 @@ def test_the_standards_response_is_sealed_to_the_byte(vector, monkeypatch):
     assert bhttp.decode_response(vector["response"]).status == 200
 
 
-def test_the_standards_request_is_made_to_the_byte_and_its_response_opens(vector, monkeypatch):
+def with_ephemeral_key(private: bytes, monkeypatch) -> None:
+    """Requests are sealed with this key for once, and not with one that is drawn."""
     from pyhpke import CipherSuite, KEMKeyPair
 
     real = CipherSuite.create_sender_context
 
-    def with_the_standards_ephemeral_key(suite, pkr, info=b"", **_):
-        secret = suite.kem.deserialize_private_key(vector["ephemeral_private_key"])
-        public = suite.kem.deserialize_public_key(ohttp.public_key(vector["ephemeral_private_key"]))
+    def create(suite, pkr, info=b"", **_):
+        secret = suite.kem.deserialize_private_key(private)
+        public = suite.kem.deserialize_public_key(ohttp.public_key(private))
         return real(suite, pkr, info, eks=KEMKeyPair(secret, public))
 
-    monkeypatch.setattr(CipherSuite, "create_sender_context", with_the_standards_ephemeral_key)
+    monkeypatch.setattr(CipherSuite, "create_sender_context", create)
+
+
+def test_the_standards_request_is_made_to_the_byte_and_its_response_opens(vector, monkeypatch):
+    with_ephemeral_key(vector["ephemeral_private_key"], monkeypatch)
     listed = len(vector["key_config"]).to_bytes(2, "big") + vector["key_config"]
     capsule, open_answer = ohttp.seal_request(vector["request"], ohttp.decode_configs(listed)[0])
     assert capsule == vector["encapsulated_request"]
@@ -114,3 +119,45 @@ def test_the_answer_to_another_request_does_not_open():
 def test_a_broken_key_configuration_is_refused(data):
     with pytest.raises(CapsuleError):
         ohttp.decode_configs(data)
+
+
+@pytest.fixture(scope="module")
+def chunked() -> dict[str, bytes]:
+    """draft-ietf-ohai-chunked-ohttp-08, Appendix A; pieces joined."""
+    found = json.loads((VECTORS / "chunked_ohttp_08.json").read_text())
+    return {name: bytes.fromhex("".join(value)) for name, value in found.items() if name != "source"}
+
+
+def test_the_drafts_chunked_request_opens(chunked):
+    gateway = ohttp.Gateway({1: chunked["private_key"]})
+    message, _ = gateway.open_request(chunked["encapsulated_request"], chunked=True)
+    assert message == chunked["request"]
+    with pytest.raises(CapsuleError):
+        gateway.open_request(chunked["encapsulated_request"])
+
+
+def test_the_drafts_chunked_response_opens(chunked, monkeypatch):
+    with_ephemeral_key(chunked["ephemeral_private_key"], monkeypatch)
+    (config,) = ohttp.decode_configs(len(chunked["key_config"]).to_bytes(2) + chunked["key_config"])
+    _, open_answer = ohttp.seal_request(chunked["request"], config, chunked=True)
+    assert open_answer(chunked["encapsulated_response"]) == chunked["response_chunks"]
+
+
+@pytest.mark.parametrize("size", [0, 1, ohttp.CHUNK, ohttp.CHUNK + 1, 3 * ohttp.CHUNK])
+def test_what_is_sealed_in_pieces_opens_in_their_order_only(size):
+    message = os.urandom(size)
+    capsule, open_answer = ohttp.seal_request(message, CONFIG, chunked=True)
+    opened, seal = GATEWAY.open_request(capsule, chunked=True)
+    answer = seal(message)
+    assert opened == message == open_answer(answer)
+    piece = ohttp.CHUNK + 16 + 4  # with its tag and its length
+    for data, head, opens in ((capsule, 39, lambda d: GATEWAY.open_request(d, chunked=True)), (answer, 16, open_answer)):
+        body = data[head:]
+        wrong = [data[:-1], data + b"\0"]
+        if size > ohttp.CHUNK:
+            wrong += [data[:head] + body[piece:], data[:head] + body[:piece] + body, data[: head + piece]]
+        if size == 3 * ohttp.CHUNK:
+            wrong.append(data[:head] + body[piece : 2 * piece] + body[:piece] + body[2 * piece :])
+        for changed in wrong:
+            with pytest.raises(CapsuleError):
+                opens(changed)

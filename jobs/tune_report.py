@@ -1,0 +1,123 @@
+"""The report of a search: one file, no network."""
+
+import html
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cluster.storage import write_bytes
+from .report import page, svg, table
+from .search import Space, surrogate
+
+MOST = 400
+"""Draws at which the surrogate is asked what a parameter does."""
+
+
+def write(file: Path, name: str, space: Space, trials: list[dict[str, Any]], metric: str, mode: str) -> None:
+    sign = -1.0 if mode == "max" else 1.0
+    done = [t for t in trials if t["status"] != "failed"]
+    best = min(done, key=lambda t: sign * t["value"])
+    short = {key: key.rpartition(".")[2] for key in space.dimensions}
+    parts = [
+        f"<h1>{html.escape(name)}: search</h1>",
+        f"<p class=lead>Best {html.escape(metric)} {best['value']:.4f} in trial {best['number']} of {len(trials)}.</p>",
+        f"<h2>History</h2>{_history(done, metric, sign)}",
+    ]
+    if len(done) > 2:
+        parts.append(f"<h2>Trials</h2>{_parallel(space, done, short, metric, sign)}")
+        parts.append(_what_matters(space, done, short, metric, sign))
+    rows = [
+        [t["number"], t["status"], f"{t['value']:.4f}" if "value" in t else "–", *(t["config"].get(k, "–") for k in short)]
+        for t in sorted(trials, key=lambda t: sign * t.get("value", sign * math.inf))
+    ]
+    parts.append(f"<h2>All</h2>{table(('trial', 'ended', metric, *short.values()), rows)}")
+    if failed := [(t["number"], t["why"]) for t in trials if t["status"] == "failed"]:
+        parts.append(f"<h2>Failed</h2>{table(('trial', 'why'), failed)}")
+    write_bytes(file, page(f"{name}: search", "".join(parts)).encode())
+
+
+def _history(done: list[dict[str, Any]], metric: str, sign: float) -> str:
+    so_far = sign * np.minimum.accumulate([sign * t["value"] for t in done])
+    values = [{"trial": t["number"], "value": t["value"], "best": float(b)} for t, b in zip(done, so_far, strict=True)]
+    x = {"field": "trial", "type": "quantitative", "axis": {"tickMinStep": 1}}
+    scale = {"zero": False}
+    return svg({
+        "layer": [
+            {"mark": {"type": "point", "filled": True, "color": "#4c86c6"},
+             "encoding": {"x": x, "y": {"field": "value", "type": "quantitative", "title": metric, "scale": scale}}},
+            {"mark": {"type": "line", "interpolate": "step-after", "color": "#d2691e"},
+             "encoding": {"x": x, "y": {"field": "best", "type": "quantitative", "title": metric, "scale": scale}}},
+        ],
+        "width": 560, "height": 200, "data": {"values": values},
+    })  # fmt: skip
+
+
+def _parallel(space: Space, done: list[dict[str, Any]], short: dict[str, str], metric: str, sign: float) -> str:
+    """Parallel coordinates: a line a trial, each parameter from its lowest to its highest."""
+    order = np.argsort(np.argsort([sign * t["value"] for t in done])) / max(1, len(done) - 1)
+    places = {key: dimension.place for key, dimension in space.dimensions.items()}
+    values = [
+        {"trial": t["number"], "parameter": short[key], "place": places[key](t["config"][key]), "rank": float(rank)}
+        for t, rank in zip(done, order, strict=True) for key in short if key in t["config"]
+    ]  # fmt: skip
+    values += [
+        {"trial": t["number"], "parameter": metric, "place": 1 - float(rank), "rank": float(rank)}
+        for t, rank in zip(done, order, strict=True)
+    ]
+    no_title, colours = {"title": None, "axis": {"labelAngle": -30}}, {"scheme": "viridis", "reverse": True}
+    return svg({
+        "mark": {"type": "line", "opacity": 0.7},
+        "encoding": {
+            "x": {"field": "parameter", "type": "nominal", "sort": [*short.values(), metric], **no_title},
+            "y": {"field": "place", "type": "quantitative", "title": "lowest to highest, best", "axis": {"labels": False}},
+            "detail": {"field": "trial"},
+            "color": {"field": "rank", "type": "quantitative", "scale": colours, "legend": None},
+        },
+        "width": 560, "height": 220, "data": {"values": values},
+    })  # fmt: skip
+
+
+def _what_matters(space: Space, done: list[dict[str, Any]], short: dict[str, str], metric: str, sign: float) -> str:
+    """The surrogate's own view: how much its prediction varies with each parameter alone, and in which way."""
+    past = [(t["config"], sign * t["value"]) for t in done]
+    found = surrogate(space, past, (), 0)
+    if found is None:
+        return ""
+    draw = np.random.default_rng(0)
+    base = draw.random((MOST, len(space.dimensions)))
+    weights, slices = [], []
+    for i, key in enumerate(space.dimensions):
+        places = np.linspace(0.02, 0.98, 15)
+        means = []
+        for place in places:
+            points = base[:60].copy()
+            points[:, i] = place
+            mean, deviation = found.predict(space.features([space.config(p) for p in points]))
+            means.append(mean.mean())
+            middle, spread = -float(mean.mean()), float(deviation.mean())
+            ends = {"better": middle, "low": middle - spread, "high": middle + spread}
+            slices.append({"parameter": short[key], "place": float(place), **ends})
+        weights.append((short[key], float(np.var(means))))
+    total = sum(w for _, w in weights) or 1.0
+    importance = [{"parameter": name, "share": weight / total} for name, weight in weights]
+    bars = svg({
+        "mark": {"type": "bar", "color": "#4c86c6"},
+        "encoding": {"y": {"field": "parameter", "type": "nominal", "sort": "-x", "title": None},
+                     "x": {"field": "share", "type": "quantitative", "axis": {"format": "%"}, "title": None}},
+        "width": 420, "data": {"values": importance},
+    })  # fmt: skip
+    curves = svg({
+        "facet": {"field": "parameter", "type": "nominal", "title": None, "sort": list(short.values())}, "columns": 3,
+        "spec": {"layer": [
+            {"mark": {"type": "area", "opacity": 0.2, "color": "#4c86c6"},
+             "encoding": {"x": {"field": "place", "type": "quantitative", "title": None, "axis": {"labels": False}},
+                          "y": {"field": "low", "type": "quantitative", "title": "better"}, "y2": {"field": "high"}}},
+            {"mark": {"type": "line", "color": "#4c86c6"},
+             "encoding": {"x": {"field": "place", "type": "quantitative"}, "y": {"field": "better", "type": "quantitative"}}},
+        ], "width": 170, "height": 90},
+        "data": {"values": slices},
+    })  # fmt: skip
+    said = "What the surrogate expects along each parameter, lowest to highest, the others drawn at random; with one deviation."
+    return f"<h2>What matters</h2><p>Shares of what the parameters do, each alone.</p>{bars}<p>{said}</p>{curves}"
