@@ -93,11 +93,8 @@ def build(schema, hp):
 
 
 def poisoned(folder, on_anomaly: str):
-    project = traced.project(folder, "1", epochs=8, pause=0)
-    (project / "model.py").write_text(POISON)
-    file = project / "heliograph.yaml"
-    text = file.read_text().replace("pause: 0", "at: 101").replace("seconds: 0.3", "seconds: 0.05")
-    file.write_text(text.replace("train: {", f"train: {{on_anomaly: {on_anomaly}, "))
+    project = traced.project(folder, "1", epochs=8, pause=0, train=f"on_anomaly: {on_anomaly}", seconds=0.05)
+    (project / "model.py").write_text(POISON.replace("hp.at", "101"))
     return job(project)
 
 
@@ -128,17 +125,16 @@ def test_a_training_that_rolls_back_goes_on_from_before_with_a_smaller_rate(clus
 
 
 def test_errors_of_the_project_are_one_line(cluster, tmp_path):
-    project = traced.project(tmp_path / "project", "1")
-    file = project / "heliograph.yaml"
-    plain = file.read_text()
-    for given, said in (
-        ("resources: {cpus: 500}", "train.workers is 1 with 500 CPU each"),
-        ("loss: binary_crossentropy", "train.loss: `binary_crossentropy` does not fit an output of shape (rows, 2)"),
-        ("metrics: [nonsense]", "train.metrics: `nonsense` is not a Keras metric"),
-        ("stop: {when: speed >= 3}", "train.stop.when: `speed` is not measured"),
-        ("schedule: {name: Cosine}", "train.schedule: no schedule `Cosine`"),
+    for i, (given, said) in enumerate(
+        (
+            ("resources: {cpus: 500}", "train.workers is 1 with 500 CPU each"),
+            ("loss: binary_crossentropy", "train.loss: `binary_crossentropy` does not fit an output of shape (rows, 2)"),
+            ("metrics: [nonsense]", "train.metrics: `nonsense` is not a Keras metric"),
+            ("stop: {when: speed >= 3}", "train.stop.when: `speed` is not measured"),
+            ("schedule: {name: Cosine}", "train.schedule: no schedule `Cosine`"),
+        )
     ):
-        file.write_text(plain.replace("train: {", f"train: {{{given}, "))
+        project = traced.project(tmp_path / str(i), train=given)
         with pytest.raises(Exception) as raised:
             run(job(project, tmp_path / "run"))
         from heliograph.cluster.runtime import explained

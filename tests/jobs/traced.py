@@ -53,17 +53,20 @@ name: traced
 data: {{source: rows.csv, target: kind, split: {{validation: 0.1, test: 0.1}}, preprocess: [], shards: 4, encrypt: false}}
 model: {{hp: {{folder: {folder}, pause: {pause}}}}}
 train:
-  {{epochs: {epochs}, batch_size: 16, workers: {workers}, encrypt: true,
-   checkpoint: {{seconds: 0.3}}, optimizer: {{learning_rate: 0.01}}}}
+  {{{train}epochs: {epochs}, batch_size: 16, workers: {workers}, encrypt: true,
+   checkpoint: {{seconds: {seconds}}}, optimizer: {{learning_rate: 0.01}}}}
 """
 
 
-def project(folder: Path, workers: str = "1", epochs: int = 3, pause: float = 0.05) -> Path:
-    """400 rows, about 20 steps an epoch."""
+def project(
+    folder: Path, workers: str = "1", epochs: int = 3, pause: float = 0.05, train: str = "", seconds: float = 0.3
+) -> Path:
+    """400 rows, about 20 steps an epoch. train: settings more; seconds: of a checkpoint."""
     folder.mkdir(parents=True)
     (folder / "traces").mkdir()
     (folder / "model.py").write_text(MODEL)
-    text = FILE.format(folder=folder / "traces", pause=pause, epochs=epochs, workers=workers)
+    more = f"{train}, " if train else ""
+    text = FILE.format(folder=folder / "traces", pause=pause, epochs=epochs, workers=workers, train=more, seconds=seconds)
     (folder / "heliograph.yaml").write_text(text)
     rng = np.random.default_rng(0)
     points = rng.normal(size=(400, 3))
