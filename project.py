@@ -1,31 +1,17 @@
-"""The project file: `heliograph.yaml`, typed.
+"""The project file: `heliograph.yaml`, typed. Every section is a model; the text under a key says what belongs there."""
 
-In: a folder that holds `heliograph.yaml`. Out: a frozen `Project`, or one `ProjectError` that lists every mistake with
-its line, its key, what was found and what fits.
-
-YAML is composed to nodes first, not loaded straight to a dict, because only nodes know their lines; pydantic then says
-which key is wrong and the node map says where it stands.
-"""
-
-import difflib
 import ipaddress
 import itertools
 from enum import StrEnum
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .errors import ProjectError
+from .settings import Section, read
 
 FILE = "heliograph.yaml"
-Key = tuple[str | int, ...]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class Split(Section):
@@ -221,7 +207,6 @@ AnyStep = Annotated[
     | Function,
     Field(discriminator="step"),
 ]
-STEPS: dict[str, type[BaseModel]] = {c.model_fields["step"].annotation.__args__[0]: c for c in get_args(get_args(AnyStep)[0])}
 Kind = Literal["number", "text", "time", "image", "tensor", "list"]
 
 
@@ -618,130 +603,4 @@ def load(folder: Path) -> Project:
     file = Path(folder) / FILE
     if not file.is_file():
         raise ProjectError(f"{file}: not found: name a folder that holds a {FILE}, or make one with `heliograph init`")
-    try:
-        node = yaml.compose(file.read_text(), yaml.SafeLoader)
-    except UnicodeDecodeError:
-        raise ProjectError(f"{file}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "is not YAML"
-        raise ProjectError(f"{file}{line}: {reason} (indent with spaces, one `key: value` a line)") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ProjectError(f"{file}:1: a project is a mapping of sections: {', '.join(Project.model_fields)}")
-    lines: dict[Key, int] = {}
-    problems: list[tuple[int, str]] = []
-    value = _plain(node, (), lines, problems)
-    try:
-        project = Project.model_validate(value)
-    except ValidationError as error:
-        explained: dict[Key, tuple[int, str]] = {}
-        for item in error.errors():  # of a union, what its first member says
-            explained.setdefault(_key(item), _explain(item, value, lines))
-        problems += explained.values()
-    if problems:
-        raise ProjectError("\n".join(f"{file}:{line}: {text}" for line, text in sorted(set(problems))))
-    return project  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def _plain(node: yaml.Node, key: Key, lines: dict[Key, int], problems: list[tuple[int, str]]) -> Any:
-    """A node as plain Python; notes the line of every key, and every key that stands twice."""
-    lines.setdefault(key, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        out = {}
-        for name_node, child in node.value:
-            name = str(name_node.value)
-            line = name_node.start_mark.line + 1
-            if name in out:
-                problems.append((line, f"{_dotted((*key, name))}: stands here a second time: keep one"))
-            lines[(*key, name)] = line
-            out[name] = _plain(child, (*key, name), lines, problems)
-        return out
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, (*key, i), lines, problems) for i, child in enumerate(node.value)]
-    try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError):
-        problems.append((node.start_mark.line + 1, f"{_dotted(key)}: found {node.value!r}: not a plain value"))
-        return None
-
-
-def _explain(item: Any, value: Any, lines: dict[Key, int]) -> tuple[int, str]:
-    """One pydantic error as (line, text); the line of the nearest key that the file really has."""
-    key = _key(item)
-    where = key
-    while where and where not in lines:
-        where = where[:-1]
-    line = lines.get(where, 1)
-    match item["type"]:
-        case "union_tag_invalid" | "union_tag_not_found":
-            found, known = item["ctx"].get("tag"), list(STEPS)
-            hint = _hint(str(found), known)
-            line = lines.get((*key, "step"), line)
-            return line, f"{_dotted((*key, 'step'))}: " + (f"found {found!r}: {hint}" if found else f"is missing: {hint}")
-        case "extra_forbidden":
-            return line, f"{_dotted(key)}: unknown key: {_hint(str(key[-1]), _known_keys(key[:-1], value))}"
-        case "missing":
-            return line, f"{_dotted(key)}: is missing: {_says(key, value)}"
-        case "string_pattern_mismatch":
-            return line, f"{_dotted(key)}: found {item['input']!r}: should be {_says(key, value)}"
-    fits = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not key:
-        return line, fits
-    found = item["input"]
-    found = "nothing" if found is None else repr(found)
-    return line, f"{_dotted(key)}: found {found[:60]}: {fits}"
-
-
-def _hint(found: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(found, known, 1)
-    return f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-
-
-def _key(item: Any) -> Key:
-    loc = item["loc"]
-    return tuple(p for i, p in enumerate(loc) if not _is_union_tag(p) and not (i and isinstance(loc[i - 1], int) and p in STEPS))
-
-
-def _is_union_tag(part: str | int) -> bool:
-    """Pydantic names the tried member of a union inside `loc`; no key of ours has these names."""
-    return part in ("bool", "int", "float", "str") or (isinstance(part, str) and "[" in part)
-
-
-def _section(key: Key, value: Any) -> type[BaseModel] | None:
-    """The model of the section at `key` of a file that holds `value`."""
-    here: Any = Project
-    for part in key:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            value = {}
-        if isinstance(part, int):
-            if here is AnyStep:
-                here = STEPS.get(str(value.get("step"))) if isinstance(value, dict) else None
-            continue
-        if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
-            return None
-        here = here.model_fields[part].annotation
-        while get_origin(here) in (list, Union, UnionType):
-            here = get_args(here)[0]
-    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
-
-
-def _known_keys(key: Key, value: Any) -> list[str]:
-    section = _section(key, value)
-    return list(section.model_fields) if section else []
-
-
-def _says(key: Key, value: Any) -> str:
-    """What belongs at `key`: the text under its field."""
-    section = _section(key[:-1], value)
-    field = section.model_fields.get(str(key[-1])) if section else None
-    return (field and field.description) or "it has no default"
-
-
-def _dotted(key: Key) -> str:
-    out = ""
-    for part in key:
-        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
-    return out
+    return read(file, Project)
