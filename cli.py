@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a bug of ours (its traceback is in the run's log), 2 a mis
 """
 
 import contextlib
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -106,7 +107,12 @@ def check(folder: ProjectFolder) -> None:
 
 
 @app.command()
-def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
+def run(
+    folder: ProjectFolder,
+    run: RunFolder = None,
+    port: Port = None,
+    registry: Annotated[Path | None, typer.Option(help="Publish the model here instead of the project's `registry`.")] = None,
+) -> None:
     """Run a project: prepare, train, evaluate, bundle, then one sealed request to a real endpoint.
 
     What is done is kept: the same command goes on where it was stopped, and a change reruns only what depends on it.
@@ -114,6 +120,9 @@ def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None
     Example:  heliograph run examples/digits
     """
     loaded = _with_port(project.load(folder), port)
+    if registry:
+        loaded = loaded.model_copy(update={"registry": str(registry.resolve())})
+    from .cluster.runtime import joined
     from .jobs import report
     from .jobs.display import Display, stage_table
     from .jobs.run import execute, key_store, opened
@@ -123,15 +132,154 @@ def run(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None
     require_role(key_store(loaded, folder.resolve(), _run_folder(folder, run)), project.Verb.TRAIN, loaded.name)
     display = Display()
     with opened(_run_folder(folder, run), loaded.train.processes, display) as current:
-        first_request.require_port(loaded, current)
+        if not joined():
+            first_request.require_port(loaded, current)
         version = execute(loaded, folder.resolve(), current)
-        first_request.execute(loaded, folder.resolve(), current)
+        if not joined():  # a cluster's own endpoints are for what it serves
+            first_request.execute(loaded, folder.resolve(), current)
         result = report.write(loaded, current)
     display.console.print(stage_table(result["stages"]))
     for line in report.summary(result):
         typer.echo(line)
     typer.echo(f"model: {loaded.name}@{version} in {folder / loaded.registry}")
     typer.echo(f"report: {_run_folder(folder, run) / 'report.html'}; to keep serving: heliograph serve {folder}")
+
+
+ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="The cluster file (default: the project's `cluster`).")]
+
+
+@app.command()
+def plan(
+    folder: ProjectFolder,
+    cluster: ClusterFile = None,
+    run: RunFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Show which nodes a run would launch on a cluster, stage by stage, and what they cost. Nothing is launched.
+
+    Ray's own scheduler is asked, on paper. What can never be placed is said, with what would help (exit code 2); Ray itself
+    would wait for it for ever. An earlier run in --run tells how long it takes.
+
+    Example:  heliograph plan examples/digits --cluster gpus.yaml
+    """
+    import json
+
+    from .jobs.plan import lines
+    from .jobs.plan import plan as make
+
+    loaded = project.load(folder)
+    file = _cluster_file(loaded, folder, cluster)
+    made = make(loaded, file, _run_folder(folder, run))
+    if as_json:
+        typer.echo(json.dumps(made.json()))
+    else:
+        for line in lines(made, file):
+            typer.echo(line)
+    if made.problems:
+        raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
+
+
+Name = Annotated[str, typer.Argument(help="The run's name.")]
+Address = Annotated[str | None, typer.Option(help="Of the cluster's job API, http://HOST:8265 (token: RAY_AUTH_TOKEN).")]
+
+
+@app.command()
+def submit(
+    folder: ProjectFolder,
+    cluster: ClusterFile = None,
+    name: Annotated[str | None, typer.Option(help="Of the run (default: the project's name).")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Search (`heliograph tune`) instead of a run.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run; its exit code is then this command's.")] = True,
+    address: Address = None,
+) -> None:
+    """Run a project on a cluster: what `heliograph run` does here, it does there.
+
+    The project and heliograph's code are sent; the run and the model come to lie in the cluster's storage. Ctrl-C or a lost
+    connection leave the run alone (`heliograph attach`); the same command after its end goes on where it was.
+
+    Example:  heliograph submit examples/digits --cluster gpus.yaml --name digits-1
+    """
+    from .cluster import spec
+    from .jobs.plan import plan as make
+    from .jobs.submit import reach, run_name
+
+    loaded = project.load(folder)
+    file, called = _cluster_file(loaded, folder, cluster), run_name(loaded, name)
+    described, *_ = spec.load(file)
+    made = make(loaded, file, _run_folder(folder, None))
+    if made.problems:
+        raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
+    jobs = reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
+    jobs.submit(loaded, folder.resolve(), spec.storage(described, file), called, tune)
+    typer.echo(f"{called}: submitted; `heliograph attach {called} --cluster {file}` follows it", err=True)
+    if wait:
+        _follow(jobs, called)
+
+
+@app.command()
+def attach(name: Name, cluster: Annotated[Path, typer.Option(help="The cluster file.")], address: Address = None) -> None:
+    """Follow a run that was submitted, from its first line to its end; its exit code is this command's.
+
+    Example:  heliograph attach digits-1 --cluster gpus.yaml
+    """
+    _follow(_jobs(cluster, address), name)
+
+
+@app.command()
+def cancel(name: Name, cluster: Annotated[Path, typer.Option(help="The cluster file.")], address: Address = None) -> None:
+    """Stop a run that was submitted, after it has saved a checkpoint.
+
+    Example:  heliograph cancel digits-1 --cluster gpus.yaml
+    """
+    typer.echo(_jobs(cluster, address).cancel(name, lambda line: None))
+
+
+def _jobs(file: Path, address: str | None) -> Any:
+    from .cluster import spec
+    from .jobs.submit import reach
+
+    described, *_ = spec.load(file)
+    return reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
+
+
+def _follow(jobs: Any, name: str) -> None:
+    try:
+        code = jobs.follow(name, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"{name}: goes on without us; `heliograph attach {name}` follows it, `heliograph cancel {name}` stops it", err=True
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if code:
+        raise typer.Exit(code)
+
+
+clusters = typer.Typer(no_args_is_help=True, help="Start, look at and end the cluster that a cluster file describes.")
+app.add_typer(clusters, name="cluster")
+ClusterArgument = Annotated[Path, typer.Argument(help="The cluster file.")]
+
+
+@clusters.command("up")
+def cluster_up(file: ClusterArgument) -> None:
+    """Start a cluster: its head; nodes follow by themselves when there is work for them.
+
+    Example:  heliograph cluster up rehearsal.yaml
+    """
+    from .cluster import local, spec
+
+    described, _, groups = spec.load(file)
+    up = local.start(described, file, groups, lambda line: typer.echo(line, err=True))
+    typer.echo(f"{described.name} is up: jobs at {up.jobs}; next: heliograph submit PROJECT --cluster {file}")
+
+
+@clusters.command("down")
+def cluster_down(file: ClusterArgument) -> None:
+    """End a cluster, and say what it was."""
+    from .cluster import local, spec
+
+    described, *_ = spec.load(file)
+    up = local.stop(described, file)
+    typer.echo(f"{described.name}: {'was not up' if up is None else 'is down, nothing of it is left running'}")
 
 
 @app.command()
@@ -491,6 +639,12 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         typer.echo(f"heliograph {__version__}")
         raise typer.Exit
+
+
+def _cluster_file(loaded: project.Project, folder: Path, cluster: Path | None) -> Path:
+    if cluster is None and loaded.cluster is None:
+        raise ProjectError(f"{folder / project.FILE}: names no cluster: add `cluster: FILE` or give --cluster FILE")
+    return cluster or folder / Path(str(loaded.cluster)).expanduser()
 
 
 def _run_folder(folder: Path, run: Path | None) -> Path:

@@ -13,6 +13,7 @@
     ├── RegistryError               a model or version that the registry does not have
     │   └── RolledBack              … or that did not prove itself in production
     ├── RunError                    the run's folder is in use or holds something else
+    ├── ClusterError                a cluster cannot be started, reached or asked for what it was
     ├── EndpointError               the endpoint cannot be started or reached
     │   └── PortInUse
     └── RequestError                one request was refused (``status`` is its HTTP status)
@@ -64,6 +65,9 @@ class RolledBack(RegistryError): ...
 
 
 class RunError(HeliographError): ...
+
+
+class ClusterError(HeliographError): ...
 
 
 class EndpointError(HeliographError): ...

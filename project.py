@@ -579,6 +579,8 @@ class Project(Section):
     tune: Tune | None = None
     keys: str | None = None
     """A folder of keys (default: `keys` in the run's folder)."""
+    cluster: str | None = None
+    """A cluster file, relative to the project, for `heliograph plan` and `heliograph submit`."""
     registry: str = "registry"
     """A folder of bundles by name and version, relative to the project."""
 

@@ -43,8 +43,47 @@ READ_AT_IMPORT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AUTH_MODE": "token",
 }
-os.environ.update(READ_AT_IMPORT)
+JOINED = "HELIOGRAPH_JOINED"
+"""Set for what `heliograph submit` runs: the cluster is there, and this process is its guest."""
+if JOINED not in os.environ:
+    os.environ.update(READ_AT_IMPORT)
 log = logging.getLogger("heliograph")
+
+
+class JoinedCluster:
+    """The cluster that this process was sent to; it stays when the block ends. The same face as `LocalCluster`."""
+
+    running = False
+
+    def __enter__(self) -> "JoinedCluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        if self.running:
+            return
+        import ray
+
+        with _signal_handlers_kept():
+            ray.init(log_to_driver=False, configure_logging=False)
+        self.running = True
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        quieten()
+
+    def stop(self) -> None:
+        if self.running:
+            import ray
+
+            ray.shutdown()
+            self.running = False
+
+
+def joined() -> bool:
+    return JOINED in os.environ
 
 
 class LocalCluster:
@@ -75,7 +114,7 @@ class LocalCluster:
         sweep()
         self.temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=TEMP))
         self.environment = dict(os.environ)
-        os.environ.update(_environment(self.temp))
+        os.environ.update(environment(self.temp, TOKEN))
         os.environ.pop("RAY_ADDRESS", None)
         self.strangers = set(psutil.Process().children(recursive=True))
         self.running = True
@@ -140,13 +179,14 @@ class LocalCluster:
             self.running = False
 
 
-def _environment(temp: Path) -> dict[str, str]:
+def environment(temp: Path, token: str) -> dict[str, str]:
+    """What the processes of a Ray on this machine need, so that it stays by itself. temp: a folder of its own."""
     launcher = temp / "haproxy"
     haproxy.write_launcher(launcher)
     first = 20_000 + os.getpid() * REPLICA_PORTS % 12_000
     return {
         **READ_AT_IMPORT,
-        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_AUTH_TOKEN": token,
         "TMPDIR": str(temp),  # TensorFlow leaves a file there for each function that it compiles
         "ORT_DISABLE_TELEMETRY": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

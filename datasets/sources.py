@@ -10,6 +10,7 @@ import csv
 import fnmatch
 import functools
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 SKLEARN = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 SNIFFED_ROWS = 1000
 PIECE_BYTES = 48 << 20
+MOST_HASHED_BYTES = 64 << 20
 """Of a piece in memory, about."""
 PIECE_IMAGES = 128
 MOSTLY = 0.95
@@ -177,7 +179,7 @@ class FileSource(PieceSource):
     """Files of one format, found by a path, a folder or a glob, here or in S3 (credentials are found the AWS way)."""
 
     def __init__(self, pattern: str, base: Path, data: Data):
-        self.where = pattern
+        self.where, self._base = pattern, base
         found, self._root = _s3_files(pattern) if pattern.startswith("s3://") else _local_files(pattern, base)
         self._stamps = {file: (size, changed) for file, size, changed in found}
         self._files = sorted(self._stamps)
@@ -191,7 +193,12 @@ class FileSource(PieceSource):
         self._image_paths = [n for n, kind in data.types.items() if kind == "image"]
 
     def identity(self) -> list:
-        """Paths, sizes and times, since hashing terabytes would take a run's time."""
+        """Paths, sizes and times, since hashing terabytes would take a run's time; of a few files that came with the project,
+        what is in them, for the project may be moved, or sent to a cluster."""
+        size = sum(size for size, _ in self._stamps.values())
+        if size <= MOST_HASHED_BYTES and all(Path(file).is_relative_to(self._base) for file in self._files):
+            hashes = {f: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in self._files}
+            return [[str(Path(f).relative_to(self._base)), self._stamps[f][0], hashes[f]] for f in self._files]
         return [[file, *self._stamps[file]] for file in self._files]
 
     def head(self) -> pa.Table:

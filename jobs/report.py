@@ -18,7 +18,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "seconds": round(sum(s["seconds"] for s in run.stages if not s["reused"]), 2),
         "test": read_json(run["evaluate"] / "metrics.json"),
         "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) == 1},
-        "request": read_json(run["predict"] / "request.json"),
+        "request": read_json(asked) if (asked := run["predict"] / "request.json").exists() else None,
         "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
     }
     write_json(run.folder / "report.json", report)
@@ -34,19 +34,23 @@ def summary(report: dict[str, Any]) -> list[str]:
     figures = [
         f"{k.replace('_', ' ')} {test[k]:.4f}" for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None
     ]
-    sure = f" (probability {request['probability']:.3f})" if "probability" in request else ""
-    return [
-        f"test ({test['rows']} rows): {', '.join(figures)}",
-        f"sealed request: predicted {request['prediction']}{sure}, truth {request['truth']}; "
-        f"differs from the local model by {request['gap_to_local_model']:.1e}",
-    ]
+    said = [f"test ({test['rows']} rows): {', '.join(figures)}"]
+    if request:
+        sure = f" (probability {request['probability']:.3f})" if "probability" in request else ""
+        said.append(
+            f"sealed request: predicted {request['prediction']}{sure}, truth {request['truth']}; "
+            f"differs from the local model by {request['gap_to_local_model']:.1e}"
+        )
+    return said
 
 
 def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) -> str:
     test, request, train = report["test"], report["request"], report["train"]
     main = ("accuracy", f"{test['accuracy']:.2%}") if "accuracy" in test else ("RMSE", f"{test['rmse']:.4g}")
-    answered = f"answered {html.escape(str(request['prediction']))}, the truth is {html.escape(str(request['truth']))}"
-    sentence = f"Test {main[0]} {main[1]} on {test['rows']:,} rows; one sealed request was {answered}."
+    sentence = f"Test {main[0]} {main[1]} on {test['rows']:,} rows"
+    if request:
+        predicted, truth = (html.escape(str(request[k])) for k in ("prediction", "truth"))
+        sentence += f"; one sealed request was answered {predicted}, the truth is {truth}"
     figures = [(k, f"{test[k]:.4f}") for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
     figures += [(f"{k} (macro)", f"{v:.4f}") for k, v in test.get("macro", {}).items()]
     stages = [(s["name"], f"{s['seconds']:.1f} s", "reused" if s["reused"] else "") for s in report["stages"]]
@@ -54,9 +58,10 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
         ("parameters", f"{train['parameters']:,}"),
         ("workers", f"{train['workers']}, weights {'identical' if train['ranks_identical'] else 'DIFFERENT'}"),
         ("ONNX against Keras", f"differs by {train['onnx_gap']:.1e} at most"),
-        ("endpoint against local model", f"differs by {request['gap_to_local_model']:.1e}"),
     ]
-    parts = [f"<h1>{html.escape(report['name'])}</h1><p class=lead>{sentence}</p>"]
+    if request:
+        facts.append(("endpoint against local model", f"differs by {request['gap_to_local_model']:.1e}"))
+    parts = [f"<h1>{html.escape(report['name'])}</h1><p class=lead>{sentence}.</p>"]
     parts.append(_data(profile))
     parts.append(f"<h2>Training</h2>{_curves(history)}{table(('what', 'value'), facts)}")
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")

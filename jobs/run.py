@@ -10,7 +10,7 @@ from pathlib import Path
 from ..cluster import storage
 from ..cluster.audit import Audit
 from ..cluster.keys import DATA_KEY, KeyStore, request_key
-from ..cluster.runtime import LocalCluster
+from ..cluster.runtime import JoinedCluster, LocalCluster, joined
 from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
@@ -51,7 +51,8 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
         for logger in loggers:
             logger.addHandler(handler)
         try:
-            with LocalCluster(workers, logs=folder / "ray-logs") as cluster, display.open():
+            here = JoinedCluster() if joined() else LocalCluster(workers, logs=folder / "ray-logs")
+            with here as cluster, display.open():
                 yield Run(folder, cluster, display)
         except Exception:
             logging.getLogger("heliograph").exception("the run ended with an error")

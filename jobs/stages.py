@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cluster.runtime import LocalCluster
+from ..cluster.runtime import JoinedCluster, LocalCluster
 from ..cluster.storage import read_json, replace_folder, write_json
 from .display import Display
 
@@ -43,7 +43,7 @@ class Stage:
 class Run:
     """An open run. Its folder must be held by `storage.exclusive`."""
 
-    def __init__(self, folder: Path, cluster: LocalCluster, display: Display):
+    def __init__(self, folder: Path, cluster: LocalCluster | JoinedCluster, display: Display):
         self.folder, self.cluster, self.display = folder, cluster, display
         self.fingerprints: dict[str, str] = {}
         self.stages: list[dict] = []

@@ -1,0 +1,207 @@
+"""A rehearsal of a cluster on this machine: `provider: local`.
+
+The head and Ray's own autoscaler run here as they would in a cloud, and start nodes as processes with the CPUs and GPUs that the
+cluster file says (logical ones: nothing checks that they are there). All of it listens on 127.0.0.1 alone.
+
+What is known of a cluster that is up lies beside its file, in `.NAME/`: the pid of its head, its addresses, its token (for its
+owner's eyes alone).
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from ..errors import ClusterError
+from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port
+from .spec import Cluster, Group
+from .storage import read_json, write_bytes
+
+HEAD_TYPE = "ray.head.default"
+HEAD_ID = "f" * 51 + "00000"
+"""The names that Ray's fake provider knows."""
+SECONDS_TO_START = 120
+SECONDS_TO_SAVE = 90
+"""How long a job that is told to stop may take to save a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Up:
+    """A cluster that was started."""
+
+    pid: int
+    temp: str
+    gcs: str
+    """host:port of Ray itself."""
+    jobs: str
+    """The URL of its job API."""
+    token: str
+    since: float
+
+    @property
+    def alive(self) -> bool:
+        return psutil.pid_exists(self.pid) and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+
+def found(spec: Cluster, file: Path) -> Up | None:
+    """The cluster of a file, if it is up."""
+    try:
+        up = Up(**read_json(_state(spec, file)))
+    except (OSError, ValueError, TypeError):
+        return None
+    return up if up.alive else None
+
+
+def start(spec: Cluster, file: Path, groups: tuple[Group, ...], update: Callable[[str], None]) -> Up:
+    """Start the head; nodes follow by themselves when there is work for them.
+
+    Raises ClusterError when it is up already, or does not come up."""
+    state = _state(spec, file)
+    if found(spec, file):
+        raise ClusterError(f"{file}: {spec.name} is up already: `heliograph cluster status {file}` shows it")
+    state.parent.mkdir(parents=True, exist_ok=True)
+    temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{spec.name[:8]}-", dir=TEMP))
+    gcs, dashboard = free_port(), free_port()
+    (temp / "autoscaling.yaml").write_text(yaml.safe_dump(_autoscaling(spec, groups, gcs)))
+    token = secrets.token_hex(32)
+    log = (temp / "head.log").open("wb")
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={LOOPBACK}",
+        f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}",
+        f"--ray-client-server-port={free_port()}", f"--temp-dir={temp / 'ray'}", "--num-cpus=0", "--num-gpus=0",
+        f"--autoscaling-config={temp / 'autoscaling.yaml'}", "--disable-usage-stats",
+    ]  # fmt: skip
+    process = subprocess.Popen(  # noqa: S603  our own command
+        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=temp, env=_variables(temp, token)
+    )
+    up = Up(process.pid, str(temp), f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}", token, time.time())
+    write_bytes(state, json.dumps(asdict(up)).encode(), mode=0o600)
+    update(f"starting the head of {spec.name}")
+    try:
+        _wait(up, process)
+    except BaseException:
+        end(up)
+        state.unlink(missing_ok=True)
+        raise
+    return up
+
+
+def stop(spec: Cluster, file: Path) -> Up | None:
+    """End every process of the cluster and remove its folder; None where there was none."""
+    state = _state(spec, file)
+    try:
+        up = Up(**read_json(state))
+    except (OSError, ValueError, TypeError):
+        return None
+    end(up)
+    shutil.rmtree(state.parent)
+    return up
+
+
+def end(up: Up) -> None:
+    processes = _processes(up)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in {*alive, *_processes(up)}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    shutil.rmtree(up.temp, ignore_errors=True)
+
+
+def _processes(up: Up) -> list[psutil.Process]:
+    """The cluster's, wherever the autoscaler or a lost parent left them: all were given its temporary folder."""
+    out = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid == up.pid or process.environ().get("TMPDIR") == up.temp:
+                out.append(process)
+    return [p for p in out if p.pid != os.getpid()]
+
+
+def _state(spec: Cluster, file: Path) -> Path:
+    return file.resolve().parent / f".{spec.name}" / "cluster.json"
+
+
+def _variables(temp: Path, token: str) -> dict[str, str]:
+    given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return given | environment(temp, token) | {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_METRIC_PORT": str(free_port()),
+        "DASHBOARD_METRIC_PORT": str(free_port()),
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_SAVE),
+    }  # fmt: skip
+
+
+def _autoscaling(spec: Cluster, groups: tuple[Group, ...], gcs: int) -> dict[str, Any]:
+    """Ray's autoscaler file for its fake provider."""
+    types: dict[str, Any] = {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+    for group in groups:
+        resources = {name: int(amount) for name, amount in group.resources.items()}
+        types[group.name] = {
+            "resources": resources, "node_config": {}, "min_workers": group.least, "max_workers": group.most,
+            "labels": group.labels,
+        }  # fmt: skip
+    return {
+        "cluster_name": spec.name,
+        "max_workers": spec.most_nodes,
+        "idle_timeout_minutes": spec.idle_minutes,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "head_node_id": HEAD_ID,
+            "gcs_address": f"{LOOPBACK}:{gcs}",
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "auth": {"ssh_user": "none"},
+        "available_node_types": types,
+        "head_node_type": HEAD_TYPE,
+        **{f"{who}setup_commands": [] for who in ("", "head_", "worker_")},
+        **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
+        "initialization_commands": [],
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "upscaling_speed": 1.0,
+        "docker": {},
+    }
+
+
+def _wait(up: Up, process: subprocess.Popen) -> None:
+    """Until the job API answers."""
+    import httpx
+
+    end_at = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < end_at:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(httpx.HTTPError):
+            answer = httpx.get(f"{up.jobs}/api/jobs/", headers={"Authorization": f"Bearer {up.token}"}, timeout=5)
+            if answer.status_code == 200:
+                return
+        time.sleep(0.2)
+    said = [line for line in (Path(up.temp) / "head.log").read_text(errors="replace").splitlines() if line.strip()]
+    raise ClusterError(f"the head did not come up: {said[-1][:200] if said else 'it said nothing'}")

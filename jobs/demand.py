@@ -1,0 +1,72 @@
+"""What each stage of a run asks of a cluster: what a plan places on paper, and what a run is refused for before it waits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..cluster.fit import Bundle, Demand, most
+from ..cluster.spec import Group
+from ..project import Project, Serve, Train
+
+MOST_PARALLEL = 4
+"""Trials at a time, where the project does not say."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A stage's demands, at one time, and who makes them."""
+
+    stage: str
+    who: str
+    demands: tuple[Demand, ...]
+
+
+def gpus_of(groups: Sequence[Group]) -> float:
+    """What a cluster may grow to."""
+    return sum(g.resources.get("GPU", 0) * g.most for g in groups)
+
+
+def worker_bundle(train: Train, gpus: float) -> Bundle:
+    """What a worker takes. gpus: that the cluster has; each worker gets one where the project does not say and they suffice."""
+    wanted = train.resources
+    each = wanted.gpus if wanted.gpus is not None else 1.0 if gpus >= train.most_workers else 0.0
+    bundle = {name: amount for name, amount in (("CPU", wanted.cpus), ("GPU", each)) if amount}
+    if wanted.accelerator:
+        bundle[f"accelerator_type:{wanted.accelerator}"] = 0.001
+    return bundle
+
+
+def asked(project: Project, groups: Sequence[Group], most_nodes: int) -> list[Asked]:
+    """By stage, in the order of the run. What can shrink to the cluster (preparation, elastic training) asks for what fits."""
+    train, found = project.train, []
+    tasks = max(1, most(groups, most_nodes, {"CPU": 1.0}, project.data.shards))
+    found.append(Asked("prepare", f"{tasks} tasks", (Demand(({"CPU": 1.0},) * tasks),)))
+    bundle = worker_bundle(train, gpus_of(groups))
+    training, who = _training(train, bundle, groups, most_nodes)
+    if project.tune:
+        one = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), gpus_of(groups))
+        trial = Demand((one,) * train.fewest_workers, train.resources.placement)
+        trials = min(project.tune.parallel or MOST_PARALLEL, project.tune.trials)
+        found.append(Asked("tune", f"{trials} trials of {_count(train.fewest_workers, 'worker')}", (trial,) * trials))
+    found.append(Asked("train", who, (training,)))
+    if replica := replica_bundle(project.serve):
+        replicas = project.serve.most_replicas
+        found.append(Asked("serve", _count(replicas, "replica"), (Demand((replica,) * replicas),)))
+    return found
+
+
+def replica_bundle(serve: Serve) -> Bundle:
+    return {name: amount for name, amount in (("CPU", serve.cpus), ("GPU", serve.gpus)) if amount}
+
+
+def _training(train: Train, bundle: Bundle, groups: Sequence[Group], most_nodes: int) -> tuple[Demand, str]:
+    if train.pipeline:
+        parts = train.most_workers * train.pipeline.stages
+        return Demand((bundle,) * parts), f"{_count(train.most_workers, 'replica')} of {train.pipeline.stages} stages"
+    workers, placement = train.most_workers, train.resources.placement
+    if train.fewest_workers < workers:
+        workers = max(train.fewest_workers, most(groups, most_nodes, bundle, workers, placement))
+    return Demand((bundle,) * workers, placement), _count(workers, "worker")
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s' if number > 1 else ''}"

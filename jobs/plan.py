@@ -1,0 +1,182 @@
+"""The plan: which nodes a run would launch, stage by stage, and what they cost. Nothing is launched.
+
+How long a stage takes is known from an earlier run of the project alone: a training's seconds are scaled to the epochs and the
+workers of the plan, everything else is taken as it was. Without one there is a price for the hour and none for the run.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..cluster.fit import Fit, fit, why_not
+from ..cluster.spec import Group, instances, load
+from ..cluster.storage import read_json
+from ..project import Project
+from .demand import Asked, asked
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Nodes of other kinds that a stage would fit on, were they the only ones."""
+
+    nodes: dict[str, int]
+    dollars_per_hour: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    stage: str
+    who: str
+    nodes: dict[str, int]
+    """By the kind's name; what the stages before left is used again."""
+    dollars_per_hour: float | None
+    """With the head; None where a price is not known."""
+    hours: float | None
+    impossible: str
+    """Why it can never be placed; empty where it can."""
+    cheaper: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    stages: tuple[StagePlan, ...]
+    dollars: float | None
+    """For the whole run, without the minutes in which idle nodes wait to go."""
+    basis: str
+    """What the hours are from."""
+    problems: tuple[str, ...]
+    """What forbids the run: demands that cannot be placed, limits that it would pass."""
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(project: Project, file: Path, run: Path) -> Plan:
+    """file: the cluster's. run: a folder in which an earlier run may lie.
+
+    Raises ProjectError for a cluster file that says something that cannot be."""
+    spec, head, groups = load(file)
+    hours, basis = _hours(project, run)
+    stages: list[StagePlan] = []
+    problems: list[str] = []
+    up: dict[str, int] = {}
+    for stage in asked(project, groups, spec.most_nodes):
+        found = fit(groups, spec.most_nodes, stage.demands, up)
+        impossible = _impossible(stage, found, groups, spec.most_nodes)
+        if impossible:
+            problems.append(f"{stage.stage}: {impossible}{_instance_for(stage, groups, spec, file)}")
+        rate = price(found.nodes, groups, head)
+        cheaper = () if impossible else _cheaper(stage, found, groups, head, spec.most_nodes)
+        takes = hours.get(stage.stage)
+        stages.append(StagePlan(stage.stage, stage.who, found.nodes, rate, takes, impossible, cheaper))
+        up = found.nodes
+    problems += _over(stages, spec.limits.dollars_per_hour)
+    costs = [s.dollars_per_hour * s.hours for s in stages if s.dollars_per_hour is not None and s.hours is not None]
+    dollars = sum(costs) if costs and len(costs) == len(stages) - sum(s.stage == "serve" for s in stages) else None
+    if dollars is not None and spec.limits.dollars_per_run and dollars > spec.limits.dollars_per_run:
+        problems.append(
+            f"the run would cost ${dollars:.2f}, more than limits.dollars_per_run, ${spec.limits.dollars_per_run:.2f}"
+        )
+    return Plan(tuple(stages), dollars, basis, tuple(problems))
+
+
+def price(nodes: dict[str, int], groups: tuple[Group, ...], head: Group) -> float | None:
+    """Dollars an hour of nodes and head; None where one of them has no price."""
+    by_name = {g.name: g.dollars for g in groups}
+    parts = [head.dollars, *(by_name[name] for name, count in nodes.items() for _ in range(count))]
+    return None if None in parts else sum(p for p in parts if p is not None)
+
+
+def _impossible(stage: Asked, found: Fit, groups: tuple[Group, ...], most_nodes: int) -> str:
+    if not found.unplaced:
+        return ""
+    for demand in stage.demands:
+        if fit(groups, most_nodes, [demand]).unplaced:
+            return why_not(groups, most_nodes, demand)
+    one = fit(groups, most_nodes, stage.demands[:1])
+    return "" if not one.unplaced else f"{stage.who} do not fit at one time"
+
+
+def _instance_for(stage: Asked, groups: tuple[Group, ...], spec: Any, file: Path) -> str:
+    """The cheapest instance of the region that would hold what no node holds."""
+    bundle = stage.demands[0].bundles[0]
+    if any(all(g.resources.get(n, 0) >= a for n, a in bundle.items()) for g in groups):
+        return ""
+    accelerator = next((n.split(":")[1] for n in bundle if n.startswith("accelerator_type:")), None)
+    fitting = [
+        i
+        for i in instances(spec, file)
+        if i.on_demand is not None
+        and i.cpus >= bundle.get("CPU", 0)
+        and i.gpus >= bundle.get("GPU", 0)
+        and accelerator in (None, i.accelerator)
+    ]
+    best = min(fitting, key=lambda i: i.on_demand or 0, default=None)
+    return f" (the cheapest in {spec.region}: {best.name}, ${best.on_demand:.2f}/h)" if best else ""
+
+
+def _cheaper(stage: Asked, found: Fit, groups: tuple[Group, ...], head: Group, most_nodes: int) -> tuple[Alternative, ...]:
+    """Ray takes the nodes that a demand fills best; others may cost less. Each kind alone, the cheapest first."""
+    needed = {name: count for name, count in found.launched.items() if count}
+    own = price(found.nodes, groups, head)
+    out = []
+    for group in groups if own is not None and needed else ():
+        kept = {g.name: g.least for g in groups if g.least}
+        alone = fit([g if g is group else replace(g, most=g.least) for g in groups], most_nodes, stage.demands, kept)
+        rate = price(alone.nodes, groups, head)
+        if not alone.unplaced and rate is not None and own is not None and rate < own - 1e-9:
+            out.append(Alternative(alone.nodes, rate))
+    return tuple(sorted(out, key=lambda a: a.dollars_per_hour))
+
+
+def _over(stages: list[StagePlan], limit: float | None) -> list[str]:
+    return [
+        f"{s.stage}: its nodes cost ${s.dollars_per_hour:.2f}/h, more than limits.dollars_per_hour, ${limit:.2f}"
+        for s in stages
+        if limit and s.dollars_per_hour is not None and s.dollars_per_hour > limit
+    ]
+
+
+def _hours(project: Project, run: Path) -> tuple[dict[str, float], str]:
+    """Of each stage, from an earlier run."""
+    found = {}
+    for stage in ("prepare", "train"):
+        record = run / "stages" / f"{stage}.json"
+        if record.exists():
+            found[stage] = read_json(record)["seconds"] / 3600
+    if "train" not in found:
+        return found, f"no earlier run in {run}: prices are for an hour (a run of few epochs tells how long one takes)"
+    trained = read_json(run / "train" / "result.json")
+    workers = trained.get("workers") or project.train.most_workers
+    scale = project.train.epochs / trained["epoch"] * workers / project.train.most_workers
+    found["train"] *= scale
+    if project.tune:
+        share = -(-project.tune.trials // min(project.tune.trials, project.tune.parallel or 4))
+        found["tune"] = found["train"] * share
+    basis = f"the run in {run}: {trained['epoch']} epochs on {workers} worker{'s' if workers > 1 else ''}"
+    return found, basis + ("" if abs(scale - 1) < 1e-9 else f", scaled by {scale:.2f}")
+
+
+def lines(plan: Plan, file: Path) -> list[str]:
+    """For people."""
+    width = max(len(s.who) for s in plan.stages)
+    out = [f"{'stage':<8} {'asked for':<{width}}  {'per hour':>9}  {'takes':>8}  nodes"]
+    for s in plan.stages:
+        nodes = "cannot be placed" if s.impossible else _nodes(s.nodes)
+        rate = "?" if s.dollars_per_hour is None else f"${s.dollars_per_hour:.2f}"
+        out.append(f"{s.stage:<8} {s.who:<{width}}  {rate:>9}  {_time(s.hours):>8}  {nodes}")
+        out += [f"{'':<8} cheaper: {_nodes(a.nodes)} for ${a.dollars_per_hour:.2f} per hour" for a in s.cheaper]
+    if plan.dollars is not None:
+        out.append(f"the run: ${plan.dollars:.2f}")
+    out.append(f"how long: from {plan.basis}" if not plan.basis.startswith("no ") else f"how long: {plan.basis}")
+    return out
+
+
+def _nodes(nodes: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(nodes.items()) if count) or "the head alone"
+
+
+def _time(hours: float | None) -> str:
+    if hours is None:
+        return "?"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"

@@ -1,0 +1,169 @@
+"""Submission: a project goes to a cluster as a Ray job, with heliograph's own code, and comes out as a run in its storage.
+
+A job's name is its run's: STORAGE/runs/NAME. So whatever ends the job (a cancel, a lost client, a lost head), submitting the same
+project under the same name goes on where it was. What cannot be placed is refused here, where Ray would wait for it for ever.
+"""
+
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..cluster import local
+from ..cluster.runtime import JOINED
+from ..cluster.spec import Cluster
+from ..errors import ClusterError, ProjectError
+from ..project import FILE, NAME, Project
+
+LEFT_HERE = ("runs", "registry", "keys", "__pycache__", ".git", ".venv", "storage")
+"""Folders of a project that are not sent."""
+MOST_SENT_BYTES = 256 << 20
+
+
+class Jobs:
+    """The job API of a cluster that is up."""
+
+    def __init__(self, address: str, token: str):
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            self._client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        except Exception as error:
+            raise ClusterError(f"{address}: cannot be reached as a Ray cluster ({_said(error)}): is it up?") from None
+        self.address = address
+
+    def status(self, name: str) -> Any:
+        """Ray's details of a job; None where there is none."""
+        try:
+            return self._client.get_job_info(name)
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise ClusterError(f"{self.address}: {_said(error)}") from None
+
+    def all(self) -> list[Any]:
+        return sorted((j for j in self._client.list_jobs() if j.submission_id), key=lambda j: j.start_time or 0)
+
+    def submit(self, project: Project, folder: Path, storage: Path, name: str, tune: bool) -> None:
+        """Send the project. Raises ClusterError where a job of that name is under way, or the project is too large to send."""
+        known = self.status(name)
+        if known and not known.status.is_terminal():
+            raise ClusterError(f"{name}: is under way ({known.status.value.lower()}): `heliograph attach {name}` follows it")
+        if known:
+            self._client.delete_job(name)
+        if project.keys and not Path(project.keys).is_absolute():
+            raise ProjectError(
+                f"{folder / FILE}: keys: `{project.keys}` stays here: name a folder that all nodes have, from / on"
+            )
+        run = storage / "runs" / name
+        what = ["tune", "."] if tune else ["run", ".", "--registry", str(storage / "registry")]
+        with _shipped(folder) as (working, code):
+            self._client.submit_job(
+                submission_id=name,
+                entrypoint=" ".join(["python", "-m", "heliograph", *what, "--run", str(run)]),
+                runtime_env={"working_dir": str(working), "py_modules": [str(code)], "env_vars": {JOINED: name}},
+                metadata={"project": project.name, "run": str(run)},
+            )
+
+    def follow(self, name: str, say: Callable[[str], None]) -> int:
+        """Say what a job says, from its beginning, until it ends; its exit code. Raises ClusterError where there is none."""
+        self._known(name)
+        shown = 0
+        while True:
+            status = self.status(name)
+            over = status is None or status.status.is_terminal()
+            text = self._client.get_job_logs(name) if status else ""
+            upto = len(text) if over else text.rfind("\n") + 1
+            for line in text[shown:upto].splitlines():
+                if not re.match(r"^\S+ \S+\s+(INFO|WARNING) \S+\.py:\d+ -- ", line):  # Ray's own words
+                    say(line)
+            shown = max(shown, upto)
+            if over:
+                return _exit_code(status)
+            time.sleep(0.5)
+
+    def cancel(self, name: str, update: Callable[[str], None]) -> str:
+        """Tell a job to save a checkpoint and end; what became of it."""
+        known = self._known(name)
+        if known.status.is_terminal():
+            raise ClusterError(f"{name}: has ended already ({known.status.value.lower()})")
+        self._client.stop_job(name)
+        end = time.monotonic() + local.SECONDS_TO_SAVE + 30
+        while time.monotonic() < end:
+            status = self.status(name)
+            if status is None or status.status.is_terminal():
+                return f"{name}: stopped; submitting it again goes on from its last checkpoint"
+            update(f"waiting for {name} to save a checkpoint")
+            time.sleep(0.5)
+        raise ClusterError(f"{name}: did not end within {local.SECONDS_TO_SAVE + 30} s: `heliograph attach {name}` shows why")
+
+    def _known(self, name: str) -> Any:
+        known = self.status(name)
+        if known is None:
+            names = ", ".join(job.submission_id for job in self.all())
+            raise ClusterError(f"{name}: no such job on {self.address}: {f'it knows {names}' if names else 'it had none yet'}")
+        return known
+
+
+def reach(spec: Cluster, file: Path, address: str | None, token: str | None) -> Jobs:
+    """The job API of a cluster: of one that runs here, or at an address that is given.
+
+    Raises ClusterError where it is not up."""
+    if address:
+        return Jobs(address.rstrip("/"), token or "")
+    if spec.provider != "local":
+        raise ClusterError(f"{file}: where does {spec.name} answer? give --address http://HOST:8265 (and RAY_AUTH_TOKEN)")
+    up = local.found(spec, file)
+    if up is None:
+        raise ClusterError(f"{file}: {spec.name} is not up: `heliograph cluster up {file}` starts it")
+    return Jobs(up.jobs, up.token)
+
+
+def run_name(project: Project, given: str | None) -> str:
+    """Raises ProjectError for a name that cannot be one."""
+    name = given or project.name
+    if not re.fullmatch(NAME, name):
+        raise ProjectError(f"--name {name}: a run's name is made of lower-case letters, digits, `-` and `_`")
+    return name
+
+
+@contextmanager
+def _shipped(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """(the project without what stays here, heliograph's own code), as Ray sends them."""
+    import heliograph
+
+    with tempfile.TemporaryDirectory() as made:
+        working, code = Path(made) / "project", Path(made) / "heliograph"
+        shutil.copytree(folder, working, ignore=shutil.ignore_patterns(*LEFT_HERE))
+        size = sum(file.stat().st_size for file in working.rglob("*") if file.is_file())
+        if size > MOST_SENT_BYTES:
+            raise ClusterError(
+                f"{folder}: {size >> 20} MiB would be sent with every run: put the data where all nodes can read it, "
+                "and name it in data.source from / on"
+            )
+        root = Path(heliograph.__file__).parent
+        code.mkdir()
+        for file in root.glob("*.py"):
+            shutil.copyfile(file, code / file.name)
+        for room in ("cluster", "datasets", "jobs", "serve"):
+            shutil.copytree(root / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
+        yield working, code
+
+
+def _exit_code(status: Any) -> int:
+    """The job's own; 128 + SIGTERM where it was stopped."""
+    if status is None or status.status.value == "STOPPED":
+        return 128 + signal.SIGTERM
+    if status.driver_exit_code is not None:
+        return int(status.driver_exit_code)
+    return 0 if status.status.value == "SUCCEEDED" else 1
+
+
+def _said(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
