@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from . import __version__, project
-from .errors import ProjectError
+from .errors import ProjectError, RunError
 
 
 class _Commands(TyperGroup):
@@ -37,7 +37,7 @@ class _Commands(TyperGroup):
             raise
         except (KeyboardInterrupt, Exception) as error:
             # Ray may turn the interruption into an error of its own: an actor that died with it.
-            if stopped or isinstance(error, KeyboardInterrupt):
+            if (stopped and not isinstance(error, RunError)) or isinstance(error, KeyboardInterrupt):
                 typer.echo("interrupted: the same command goes on from here", err=True)
                 code = 128 + (stopped or [signal.SIGINT])[0]
             else:
@@ -142,7 +142,8 @@ def run(
     for line in report.summary(result):
         typer.echo(line)
     typer.echo(f"model: {loaded.name}@{version} in {folder / loaded.registry}")
-    typer.echo(f"report: {_run_folder(folder, run) / 'report.html'}; to keep serving: heliograph serve {folder}")
+    serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
+    typer.echo(f"report: {_run_folder(folder, run) / 'report.html'}{serving}")
 
 
 ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="The cluster file (default: the project's `cluster`).")]
@@ -173,7 +174,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.json()))
     else:
-        for line in lines(made, file):
+        for line in lines(made):
             typer.echo(line)
     if made.problems:
         raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
@@ -205,12 +206,12 @@ def submit(
 
     loaded = project.load(folder)
     file, called = _cluster_file(loaded, folder, cluster), run_name(loaded, name)
-    described, *_ = spec.load(file)
+    described, capacity = spec.load(file)
     made = make(loaded, file, _run_folder(folder, None))
     if made.problems:
         raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
     jobs = reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
-    jobs.submit(loaded, folder.resolve(), spec.storage(described, file), called, tune)
+    jobs.submit(loaded, folder.resolve(), capacity, spec.storage(described, file), called, tune)
     typer.echo(f"{called}: submitted; `heliograph attach {called} --cluster {file}` follows it", err=True)
     if wait:
         _follow(jobs, called)
@@ -231,14 +232,14 @@ def cancel(name: Name, cluster: Annotated[Path, typer.Option(help="The cluster f
 
     Example:  heliograph cancel digits-1 --cluster gpus.yaml
     """
-    typer.echo(_jobs(cluster, address).cancel(name, lambda line: None))
+    typer.echo(_jobs(cluster, address).cancel(name))
 
 
 def _jobs(file: Path, address: str | None) -> Any:
     from .cluster import spec
     from .jobs.submit import reach
 
-    described, *_ = spec.load(file)
+    described, _ = spec.load(file)
     return reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
 
 
@@ -267,19 +268,53 @@ def cluster_up(file: ClusterArgument) -> None:
     """
     from .cluster import local, spec
 
-    described, _, groups = spec.load(file)
-    up = local.start(described, file, groups, lambda line: typer.echo(line, err=True))
+    described, capacity = spec.load(file)
+    up = local.start(described, file, capacity, lambda line: typer.echo(line, err=True))
     typer.echo(f"{described.name} is up: jobs at {up.jobs}; next: heliograph submit PROJECT --cluster {file}")
+
+
+@clusters.command("status")
+def cluster_status(file: ClusterArgument, address: Address = None) -> None:
+    """Show a cluster's nodes, GPUs, what they have cost so far, and the runs that were sent to it.
+
+    Example:  heliograph cluster status gpus.yaml
+    """
+    from .cluster import spec
+
+    described, capacity = spec.load(file)
+    for line in _jobs(file, address).overview(described.name, capacity):
+        typer.echo(line)
+
+
+@clusters.command("logs")
+def cluster_logs(file: ClusterArgument) -> None:
+    """Show what the head of a local cluster and its autoscaler said.
+
+    Example:  heliograph cluster logs rehearsal.yaml
+    """
+    from .cluster import local, spec
+
+    described, _ = spec.load(file)
+    for line in local.logs(described, file):
+        typer.echo(line)
 
 
 @clusters.command("down")
 def cluster_down(file: ClusterArgument) -> None:
-    """End a cluster, and say what it was."""
+    """End a cluster, and say what it has cost.
+
+    Example:  heliograph cluster down rehearsal.yaml
+    """
     from .cluster import local, spec
 
-    described, *_ = spec.load(file)
-    up = local.stop(described, file)
-    typer.echo(f"{described.name}: {'was not up' if up is None else 'is down, nothing of it is left running'}")
+    described, capacity = spec.load(file)
+    up = local.found(described, file)
+    lines = _jobs(file, None).overview(described.name, capacity)[:2] if up else [f"{described.name}: was not up"]
+    local.stop(described, file)
+    for line in lines:
+        typer.echo(line)
+    if up:
+        typer.echo(f"{described.name}: is down, nothing of it is left running")
 
 
 @app.command()

@@ -49,6 +49,7 @@ def read(file: Path, model: type[Settings]) -> Settings:
     lines: dict[Key, int] = {}
     problems: list[tuple[int, str]] = []
     value = _plain(node, (), lines, problems)
+    settings = None
     try:
         settings = model.model_validate(value)
     except ValidationError as error:
@@ -56,9 +57,9 @@ def read(file: Path, model: type[Settings]) -> Settings:
         for item in error.errors():  # of a union, what its first member says
             explained.setdefault(_key(item, value), _explain(item, model, value, lines))
         problems += explained.values()
-    if problems:
+    if problems or settings is None:
         raise ProjectError("\n".join(f"{file}:{line}: {text}" for line, text in sorted(set(problems))))
-    return settings  # pyright: ignore[reportPossiblyUnboundVariable]
+    return settings
 
 
 def hint(found: str, known: list[str]) -> str:

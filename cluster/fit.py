@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .spec import Group
+from .spec import Capacity, Group
 
 Bundle = dict[str, float]
 
@@ -34,23 +34,27 @@ class Fit:
     launched: dict[str, int] = field(default_factory=dict)
 
 
-def fit(groups: Sequence[Group], most_nodes: int, demands: Sequence[Demand], there: dict[str, int] | None = None) -> Fit:
+def fit(capacity: Capacity, demands: Sequence[Demand], there: dict[str, int] | None = None) -> Fit:
     """Nodes that the autoscaler has once the demands are met as far as they can be. there: nodes that are up and idle."""
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.schema import AutoscalerInstance
     from ray.autoscaler.v2.utils import ResourceRequestUtil
-    from ray.core.generated.autoscaler_pb2 import GangResourceRequest, NodeState, NodeStatus
-    from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+    from ray.core.generated import autoscaler_pb2, instance_manager_pb2
 
+    messages: Any = autoscaler_pb2
+    instances: Any = instance_manager_pb2
+    Instance, NodeKind = instances.Instance, instances.NodeKind
     logging.getLogger("ray.autoscaler.v2.scheduler").setLevel(logging.WARNING)
-    types = {g.name: NodeTypeConfig(g.name, g.least, g.most, resources=g.resources, labels=g.labels) for g in groups}
+    types = {g.name: NodeTypeConfig(g.name, g.least, g.most, resources=g.resources, labels=g.labels) for g in capacity.groups}
     types["head"] = NodeTypeConfig("head", 0, 1, resources={"CPU": 0.0})
     head = AutoscalerInstance(
         im_instance=Instance(
             instance_type="head", status=Instance.RAY_RUNNING, node_kind=NodeKind.HEAD, instance_id="0", node_id="head"
         ),
-        ray_node=NodeState(node_id=b"head", ray_node_type_name="head", instance_id="0", status=NodeStatus.RUNNING),
+        ray_node=messages.NodeState(
+            node_id=b"head", ray_node_type_name="head", instance_id="0", status=messages.NodeStatus.RUNNING
+        ),
         cloud_instance_id="0",
     )
     there = there or {}
@@ -65,13 +69,13 @@ def fit(groups: Sequence[Group], most_nodes: int, demands: Sequence[Demand], the
         kinds = ResourceRequestUtil.PlacementConstraintType
         kind = {"STRICT_PACK": kinds.AFFINITY, "STRICT_SPREAD": kinds.ANTI_AFFINITY}.get(demand.strategy or "")
         constraints = [(kind, f"_PG_{number}", "")] if kind else None
-        gang = GangResourceRequest()
+        gang = messages.GangResourceRequest()
         gang.requests.extend([ResourceRequestUtil.make(bundle, constraints) for bundle in demand.bundles])
         gangs.append(gang)
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=types,
-        max_num_nodes=most_nodes + 1,
+        max_num_nodes=capacity.most_nodes + 1,
         resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(b) for b in single]),
         gang_resource_requests=gangs,
         current_instances=[head, *up],
@@ -82,12 +86,12 @@ def fit(groups: Sequence[Group], most_nodes: int, demands: Sequence[Demand], the
     return Fit(dict(Counter(there) + Counter(launched)), unplaced, launched)
 
 
-def most(groups: Sequence[Group], most_nodes: int, bundle: Bundle, wanted: int, strategy: str | None = None) -> int:
+def most(capacity: Capacity, bundle: Bundle, wanted: int, strategy: str | None = None) -> int:
     """How many of `bundle`, up to `wanted`, have a place at one time."""
     low, high = 0, wanted
     while low < high:
         middle = (low + high + 1) // 2
-        placed = not fit(groups, most_nodes, [Demand((bundle,) * middle, strategy)]).unplaced
+        placed = not fit(capacity, [Demand((bundle,) * middle, strategy)]).unplaced
         low, high = (middle, high) if placed else (low, middle - 1)
     return low
 
@@ -97,21 +101,21 @@ def holds(group: Group, bundle: Bundle) -> bool:
     return all(group.resources.get(name, 0) >= amount for name, amount in bundle.items())
 
 
-def why_not(groups: Sequence[Group], most_nodes: int, demand: Demand) -> str:
+def why_not(capacity: Capacity, demand: Demand) -> str:
     """What keeps a demand from ever being placed, and the least change of the cluster file that would place it."""
-    bundle = demand.bundles[0]
+    bundle, count, groups = demand.bundles[0], len(demand.bundles), capacity.groups
     asked = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     if not any(holds(g, bundle) for g in groups):
         best = max(groups, key=lambda g: sum(g.resources.get(n, 0) >= a for n, a in bundle.items()))
         has = ", ".join(f"{amount:g} {name}" for name, amount in best.resources.items())
         return f"no node has {asked} (`{best.name}` has {has}): ask for less, or add nodes that do"
-    free = [replace(g, most=max(g.most, len(demand.bundles))) for g in groups]
-    if fit(free, len(demand.bundles) * len(groups), [demand]).unplaced:
-        return f"{len(demand.bundles)} times {asked} cannot be placed with {demand.strategy}: no node is large enough for it"
-    needed = fit(free, most_nodes, [demand])
-    raised = [f"nodes.{g.name}.max to {needed.nodes[g.name]}" for g in groups if needed.nodes.get(g.name, 0) > g.most]
+    more = replace(capacity, groups=tuple(replace(g, most=max(g.most, count)) for g in groups))
+    needed = fit(more, [demand])
+    if unlimited := bool(needed.unplaced):
+        needed = fit(replace(more, most_nodes=count * len(groups)), [demand])
     if needed.unplaced:
-        needed = fit(free, len(demand.bundles) * len(groups), [demand])
-        raised = [f"nodes.{g.name}.max to {needed.nodes[g.name]}" for g in groups if needed.nodes.get(g.name, 0) > g.most]
+        return f"{count} times {asked} cannot be placed with {demand.strategy}: no node is large enough for it"
+    raised = [f"nodes.{g.name}.max to {needed.nodes[g.name]}" for g in groups if needed.nodes.get(g.name, 0) > g.most]
+    if unlimited:
         raised.append(f"limits.nodes to {sum(needed.nodes.values())}")
-    return f"{len(demand.bundles)} times {asked} is more than its nodes hold: raise {' and '.join(raised)}"
+    return f"{count} times {asked} is more than its nodes hold: raise {' and '.join(raised)}"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import yaml
 
 from ..errors import ClusterError
 from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port
-from .spec import Cluster, Group
+from .spec import Capacity, Cluster
 from .storage import read_json, write_bytes
 
 HEAD_TYPE = "ray.head.default"
@@ -64,7 +64,7 @@ def found(spec: Cluster, file: Path) -> Up | None:
     return up if up.alive else None
 
 
-def start(spec: Cluster, file: Path, groups: tuple[Group, ...], update: Callable[[str], None]) -> Up:
+def start(spec: Cluster, file: Path, capacity: Capacity, update: Callable[[str], None]) -> Up:
     """Start the head; nodes follow by themselves when there is work for them.
 
     Raises ClusterError when it is up already, or does not come up."""
@@ -74,7 +74,7 @@ def start(spec: Cluster, file: Path, groups: tuple[Group, ...], update: Callable
     state.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{spec.name[:8]}-", dir=TEMP))
     gcs, dashboard = free_port(), free_port()
-    (temp / "autoscaling.yaml").write_text(yaml.safe_dump(_autoscaling(spec, groups, gcs)))
+    (temp / "autoscaling.yaml").write_text(yaml.safe_dump(_autoscaling(spec, capacity, gcs)))
     token = secrets.token_hex(32)
     log = (temp / "head.log").open("wb")
     command = [
@@ -109,6 +109,15 @@ def stop(spec: Cluster, file: Path) -> Up | None:
     end(up)
     shutil.rmtree(state.parent)
     return up
+
+
+def logs(spec: Cluster, file: Path) -> Iterator[str]:
+    """Raises ClusterError when it is not up."""
+    up = found(spec, file)
+    if up is None:
+        raise ClusterError(f"{file}: {spec.name} is not up: `heliograph cluster up {file}` starts it")
+    for path in (Path(up.temp) / "head.log", Path(up.temp) / "ray" / "session_latest" / "logs" / "monitor.log"):
+        yield from path.read_text(errors="replace").splitlines() if path.exists() else ()
 
 
 def end(up: Up) -> None:
@@ -152,10 +161,10 @@ def _variables(temp: Path, token: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _autoscaling(spec: Cluster, groups: tuple[Group, ...], gcs: int) -> dict[str, Any]:
+def _autoscaling(spec: Cluster, capacity: Capacity, gcs: int) -> dict[str, Any]:
     """Ray's autoscaler file for its fake provider."""
     types: dict[str, Any] = {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
-    for group in groups:
+    for group in capacity.groups:
         resources = {name: int(amount) for name, amount in group.resources.items()}
         types[group.name] = {
             "resources": resources, "node_config": {}, "min_workers": group.least, "max_workers": group.most,

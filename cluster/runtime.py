@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import psutil
 from .. import errors
 from ..errors import HeliographError
 from . import haproxy
+from .spec import Capacity
 
 PREFIX = "heliograph-"
 TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path("/tmp")  # noqa: S108  folders in it are mkdtemp's
@@ -44,7 +45,7 @@ READ_AT_IMPORT = {
     "RAY_AUTH_MODE": "token",
 }
 JOINED = "HELIOGRAPH_JOINED"
-"""Set for what `heliograph submit` runs: the cluster is there, and this process is its guest."""
+"""Set for what `heliograph submit` runs, to what the cluster may grow to: it is there, and this process is its guest."""
 if JOINED not in os.environ:
     os.environ.update(READ_AT_IMPORT)
 log = logging.getLogger("heliograph")
@@ -74,6 +75,12 @@ class JoinedCluster:
         ray.data.DataContext.get_current().enable_progress_bars = False
         quieten()
 
+    def ask(self, bundles: Sequence[dict[str, float]]) -> None:
+        """Let the cluster grow until it could hold them all at one time; with none, shrink again."""
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=list(bundles))
+
     def stop(self) -> None:
         if self.running:
             import ray
@@ -82,8 +89,9 @@ class JoinedCluster:
             self.running = False
 
 
-def joined() -> bool:
-    return JOINED in os.environ
+def joined() -> Capacity | None:
+    """What the cluster may grow to that this process was sent to; None for one of its own."""
+    return Capacity.loads(os.environ[JOINED]) if JOINED in os.environ else None
 
 
 class LocalCluster:
@@ -130,6 +138,9 @@ class LocalCluster:
 
         ray.data.DataContext.get_current().enable_progress_bars = False
         quieten()
+
+    def ask(self, bundles: Sequence[dict[str, float]]) -> None:
+        """It has what this machine has."""
 
     def _init(self, must: bool = False) -> Any:
         """Start Ray's processes; None where a busy machine did not in the 30 seconds that Ray waits."""

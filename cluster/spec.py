@@ -16,7 +16,8 @@ made of themselves.
 
 import csv
 import functools
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,8 @@ from ..settings import Section, hint, read
 
 CATALOGUE = Path(__file__).parent / "prices.csv"
 COLUMNS = ("provider", "region", "instance", "cpus", "memory_gib", "gpus", "accelerator", "on_demand", "spot")
+KIND = "heliograph-kind"
+"""The label of a node that names its kind in the cluster file."""
 CLOUDS = ("aws", "gcp", "azure")
 
 
@@ -173,8 +176,38 @@ class Group:
     """Whether `dollars` is only a bound: a spot node whose price is not known."""
 
 
-def load(file: Path) -> tuple[Cluster, Group, tuple[Group, ...]]:
-    """Read a cluster file: what it says, its head, its kinds of nodes.
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster may grow to, and what that costs: all that a plan needs, and a run that was sent there."""
+
+    head: Group
+    groups: tuple[Group, ...]
+    most_nodes: int
+    """Beside the head, of all kinds together."""
+    dollars_per_run: float | None = None
+
+    @property
+    def gpus(self) -> float:
+        return sum(g.resources.get("GPU", 0) * g.most for g in self.groups)
+
+    def price(self, nodes: dict[str, int]) -> float | None:
+        """Dollars an hour of nodes, by their kinds' names, and the head; None where one of them has no price."""
+        dollars = {g.name: g.dollars for g in self.groups}
+        parts = [self.head.dollars, *(dollars[name] for name, count in nodes.items() for _ in range(count))]
+        return None if None in parts else sum(p for p in parts if p is not None)
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def loads(text: str) -> "Capacity":
+        said = json.loads(text)
+        groups = tuple(Group(**g) for g in said["groups"])
+        return Capacity(Group(**said["head"]), groups, said["most_nodes"], said["dollars_per_run"])
+
+
+def load(file: Path) -> tuple[Cluster, Capacity]:
+    """Read a cluster file.
 
     Raises ProjectError, a line for each mistake: of the file, an instance that the provider's region does not have, a table of
     prices that is none.
@@ -188,8 +221,8 @@ def load(file: Path) -> tuple[Cluster, Group, tuple[Group, ...]]:
     for name, node in spec.nodes.items():
         dollars, at_most = _price(spec, node, table, f"{file}: nodes.{name}", node.spot)
         resources = _resources(node, table.get(node.instance or ""))
-        groups.append(Group(name, resources, node.min, node.max, dollars, node.labels, node.spot, at_most))
-    return spec, head, tuple(groups)
+        groups.append(Group(name, resources, node.min, node.max, dollars, {**node.labels, KIND: name}, node.spot, at_most))
+    return spec, Capacity(head, tuple(groups), spec.most_nodes, spec.limits.dollars_per_run)
 
 
 def storage(spec: Cluster, file: Path) -> Path:

@@ -1,11 +1,10 @@
 """What each stage of a run asks of a cluster: what a plan places on paper, and what a run is refused for before it waits."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cluster.fit import Bundle, Demand, most
-from ..cluster.spec import Group
-from ..project import Project, Serve, Train
+from ..cluster.spec import Capacity
+from ..project import Data, Project, Serve, Train
 
 MOST_PARALLEL = 4
 """Trials at a time, where the project does not say."""
@@ -20,11 +19,6 @@ class Asked:
     demands: tuple[Demand, ...]
 
 
-def gpus_of(groups: Sequence[Group]) -> float:
-    """What a cluster may grow to."""
-    return sum(g.resources.get("GPU", 0) * g.most for g in groups)
-
-
 def worker_bundle(train: Train, gpus: float) -> Bundle:
     """What a worker takes. gpus: that the cluster has; each worker gets one where the project does not say and they suffice."""
     wanted = train.resources
@@ -35,15 +29,15 @@ def worker_bundle(train: Train, gpus: float) -> Bundle:
     return bundle
 
 
-def asked(project: Project, groups: Sequence[Group], most_nodes: int) -> list[Asked]:
+def asked(project: Project, capacity: Capacity) -> list[Asked]:
     """By stage, in the order of the run. What can shrink to the cluster (preparation, elastic training) asks for what fits."""
     train, found = project.train, []
-    tasks = max(1, most(groups, most_nodes, {"CPU": 1.0}, project.data.shards))
-    found.append(Asked("prepare", f"{tasks} tasks", (Demand(({"CPU": 1.0},) * tasks),)))
-    bundle = worker_bundle(train, gpus_of(groups))
-    training, who = _training(train, bundle, groups, most_nodes)
+    tasks = preparation(project.data, capacity)
+    found.append(Asked("prepare", _count(len(tasks.bundles), "task"), (tasks,)))
+    bundle = worker_bundle(train, capacity.gpus)
+    training, who = _training(train, bundle, capacity)
     if project.tune:
-        one = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), gpus_of(groups))
+        one = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), capacity.gpus)
         trial = Demand((one,) * train.fewest_workers, train.resources.placement)
         trials = min(project.tune.parallel or MOST_PARALLEL, project.tune.trials)
         found.append(Asked("tune", f"{trials} trials of {_count(train.fewest_workers, 'worker')}", (trial,) * trials))
@@ -54,17 +48,22 @@ def asked(project: Project, groups: Sequence[Group], most_nodes: int) -> list[As
     return found
 
 
+def preparation(data: Data, capacity: Capacity) -> Demand:
+    """A task a shard, as many at a time as there may be CPUs for."""
+    return Demand(({"CPU": 1.0},) * max(1, most(capacity, {"CPU": 1.0}, data.shards)))
+
+
 def replica_bundle(serve: Serve) -> Bundle:
     return {name: amount for name, amount in (("CPU", serve.cpus), ("GPU", serve.gpus)) if amount}
 
 
-def _training(train: Train, bundle: Bundle, groups: Sequence[Group], most_nodes: int) -> tuple[Demand, str]:
+def _training(train: Train, bundle: Bundle, capacity: Capacity) -> tuple[Demand, str]:
     if train.pipeline:
         parts = train.most_workers * train.pipeline.stages
         return Demand((bundle,) * parts), f"{_count(train.most_workers, 'replica')} of {train.pipeline.stages} stages"
     workers, placement = train.most_workers, train.resources.placement
     if train.fewest_workers < workers:
-        workers = max(train.fewest_workers, most(groups, most_nodes, bundle, workers, placement))
+        workers = max(train.fewest_workers, most(capacity, bundle, workers, placement))
     return Demand((bundle,) * workers, placement), _count(workers, "worker")
 
 

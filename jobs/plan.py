@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..cluster.fit import Fit, fit, why_not
-from ..cluster.spec import Group, instances, load
+from ..cluster.bill import COST
+from ..cluster.fit import Fit, fit, holds, why_not
+from ..cluster.spec import Capacity, Instance, instances, load
 from ..cluster.storage import read_json
 from ..project import Project
 from .demand import Asked, asked
@@ -44,6 +45,8 @@ class Plan:
     """For the whole run, without the minutes in which idle nodes wait to go."""
     basis: str
     """What the hours are from."""
+    actual: dict[str, Any] | None
+    """What an earlier run really had: `cost.json`."""
     problems: tuple[str, ...]
     """What forbids the run: demands that cannot be placed, limits that it would pass."""
 
@@ -55,75 +58,63 @@ def plan(project: Project, file: Path, run: Path) -> Plan:
     """file: the cluster's. run: a folder in which an earlier run may lie.
 
     Raises ProjectError for a cluster file that says something that cannot be."""
-    spec, head, groups = load(file)
+    spec, capacity = load(file)
     hours, basis = _hours(project, run)
     stages: list[StagePlan] = []
     problems: list[str] = []
     up: dict[str, int] = {}
-    for stage in asked(project, groups, spec.most_nodes):
-        found = fit(groups, spec.most_nodes, stage.demands, up)
-        impossible = _impossible(stage, found, groups, spec.most_nodes)
+    for stage in asked(project, capacity):
+        found = fit(capacity, stage.demands, up)
+        impossible = _impossible(stage, found, capacity)
         if impossible:
-            problems.append(f"{stage.stage}: {impossible}{_instance_for(stage, groups, spec, file)}")
-        rate = price(found.nodes, groups, head)
-        cheaper = () if impossible else _cheaper(stage, found, groups, head, spec.most_nodes)
-        takes = hours.get(stage.stage)
-        stages.append(StagePlan(stage.stage, stage.who, found.nodes, rate, takes, impossible, cheaper))
+            problems.append(f"{stage.stage}: {impossible}{_instance_for(stage, capacity, instances(spec, file), spec.region)}")
+        rate, cheaper = capacity.price(found.nodes), () if impossible else _cheaper(stage, capacity)
+        stages.append(StagePlan(stage.stage, stage.who, found.nodes, rate, hours.get(stage.stage), impossible, cheaper))
         up = found.nodes
     problems += _over(stages, spec.limits.dollars_per_hour)
-    costs = [s.dollars_per_hour * s.hours for s in stages if s.dollars_per_hour is not None and s.hours is not None]
-    dollars = sum(costs) if costs and len(costs) == len(stages) - sum(s.stage == "serve" for s in stages) else None
+    run_stages = [s for s in stages if s.stage != "serve"]
+    costs = [s.dollars_per_hour * s.hours for s in run_stages if s.dollars_per_hour is not None and s.hours is not None]
+    dollars = sum(costs) if len(costs) == len(run_stages) else None
     if dollars is not None and spec.limits.dollars_per_run and dollars > spec.limits.dollars_per_run:
         problems.append(
             f"the run would cost ${dollars:.2f}, more than limits.dollars_per_run, ${spec.limits.dollars_per_run:.2f}"
         )
-    return Plan(tuple(stages), dollars, basis, tuple(problems))
+    actual = read_json(run / COST) if (run / COST).exists() else None
+    return Plan(tuple(stages), dollars, basis, actual, tuple(problems))
 
 
-def price(nodes: dict[str, int], groups: tuple[Group, ...], head: Group) -> float | None:
-    """Dollars an hour of nodes and head; None where one of them has no price."""
-    by_name = {g.name: g.dollars for g in groups}
-    parts = [head.dollars, *(by_name[name] for name, count in nodes.items() for _ in range(count))]
-    return None if None in parts else sum(p for p in parts if p is not None)
+def _impossible(stage: Asked, found: Fit, capacity: Capacity) -> str:
+    """Why a stage can never be placed; trials that have no room at one time take turns."""
+    alone = (d for d in stage.demands if found.unplaced and fit(capacity, [d]).unplaced)
+    return next((why_not(capacity, demand) for demand in alone), "")
 
 
-def _impossible(stage: Asked, found: Fit, groups: tuple[Group, ...], most_nodes: int) -> str:
-    if not found.unplaced:
-        return ""
-    for demand in stage.demands:
-        if fit(groups, most_nodes, [demand]).unplaced:
-            return why_not(groups, most_nodes, demand)
-    one = fit(groups, most_nodes, stage.demands[:1])
-    return "" if not one.unplaced else f"{stage.who} do not fit at one time"
-
-
-def _instance_for(stage: Asked, groups: tuple[Group, ...], spec: Any, file: Path) -> str:
+def _instance_for(stage: Asked, capacity: Capacity, table: list[Instance], region: str | None) -> str:
     """The cheapest instance of the region that would hold what no node holds."""
     bundle = stage.demands[0].bundles[0]
-    if any(all(g.resources.get(n, 0) >= a for n, a in bundle.items()) for g in groups):
-        return ""
     accelerator = next((n.split(":")[1] for n in bundle if n.startswith("accelerator_type:")), None)
     fitting = [
         i
-        for i in instances(spec, file)
+        for i in table
         if i.on_demand is not None
         and i.cpus >= bundle.get("CPU", 0)
         and i.gpus >= bundle.get("GPU", 0)
         and accelerator in (None, i.accelerator)
     ]
     best = min(fitting, key=lambda i: i.on_demand or 0, default=None)
-    return f" (the cheapest in {spec.region}: {best.name}, ${best.on_demand:.2f}/h)" if best else ""
+    if best is None or any(holds(g, bundle) for g in capacity.groups):
+        return ""
+    return f" (the cheapest in {region}: {best.name}, ${best.on_demand:.2f}/h)"
 
 
-def _cheaper(stage: Asked, found: Fit, groups: tuple[Group, ...], head: Group, most_nodes: int) -> tuple[Alternative, ...]:
+def _cheaper(stage: Asked, capacity: Capacity) -> tuple[Alternative, ...]:
     """Ray takes the nodes that a demand fills best; others may cost less. Each kind alone, the cheapest first."""
-    needed = {name: count for name, count in found.launched.items() if count}
-    own = price(found.nodes, groups, head)
+    own = capacity.price(fit(capacity, stage.demands).nodes)
     out = []
-    for group in groups if own is not None and needed else ():
-        kept = {g.name: g.least for g in groups if g.least}
-        alone = fit([g if g is group else replace(g, most=g.least) for g in groups], most_nodes, stage.demands, kept)
-        rate = price(alone.nodes, groups, head)
+    for group in capacity.groups if own is not None else ():
+        only = replace(capacity, groups=tuple(g if g is group else replace(g, most=g.least) for g in capacity.groups))
+        alone = fit(only, stage.demands)
+        rate = capacity.price(alone.nodes)
         if not alone.unplaced and rate is not None and own is not None and rate < own - 1e-9:
             out.append(Alternative(alone.nodes, rate))
     return tuple(sorted(out, key=lambda a: a.dollars_per_hour))
@@ -157,7 +148,7 @@ def _hours(project: Project, run: Path) -> tuple[dict[str, float], str]:
     return found, basis + ("" if abs(scale - 1) < 1e-9 else f", scaled by {scale:.2f}")
 
 
-def lines(plan: Plan, file: Path) -> list[str]:
+def lines(plan: Plan) -> list[str]:
     """For people."""
     width = max(len(s.who) for s in plan.stages)
     out = [f"{'stage':<8} {'asked for':<{width}}  {'per hour':>9}  {'takes':>8}  nodes"]
@@ -168,6 +159,9 @@ def lines(plan: Plan, file: Path) -> list[str]:
         out += [f"{'':<8} cheaper: {_nodes(a.nodes)} for ${a.dollars_per_hour:.2f} per hour" for a in s.cheaper]
     if plan.dollars is not None:
         out.append(f"the run: ${plan.dollars:.2f}")
+    if plan.actual:
+        cost = plan.actual["dollars"]
+        out.append(f"and it was: {_nodes(plan.actual['most_nodes'])}, {'?' if cost is None else f'${cost:.2f}'}")
     out.append(f"how long: from {plan.basis}" if not plan.basis.startswith("no ") else f"how long: {plan.basis}")
     return out
 

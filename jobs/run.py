@@ -9,13 +9,16 @@ from pathlib import Path
 
 from ..cluster import storage
 from ..cluster.audit import Audit
+from ..cluster.bill import Meter
 from ..cluster.keys import DATA_KEY, KeyStore, request_key
 from ..cluster.runtime import JoinedCluster, LocalCluster, joined
 from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
+from ..cluster.spec import Capacity
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..errors import RunError
 from ..project import Project
+from . import demand
 from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
@@ -51,8 +54,9 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
         for logger in loggers:
             logger.addHandler(handler)
         try:
-            here = JoinedCluster() if joined() else LocalCluster(workers, logs=folder / "ray-logs")
-            with here as cluster, display.open():
+            capacity = joined()
+            here = JoinedCluster() if capacity else LocalCluster(workers, logs=folder / "ray-logs")
+            with here as cluster, display.open(), _metered(capacity, folder):
                 yield Run(folder, cluster, display)
         except Exception:
             logging.getLogger("heliograph").exception("the run ended with an error")
@@ -61,6 +65,24 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
             for logger in loggers:
                 logger.removeHandler(handler)
             handler.close()
+
+
+@contextmanager
+def _metered(capacity: Capacity | None, folder: Path) -> Iterator[None]:
+    """Raises RunError when the run was stopped because of what it costs."""
+    if capacity is None:
+        yield
+        return
+    meter = Meter(capacity, folder)
+    meter.start()
+    try:
+        yield
+    except BaseException:
+        if meter.over:
+            raise RunError(f"{meter.over}: raise it, and the same command goes on from the last checkpoint") from None
+        raise
+    finally:
+        meter.stop()
 
 
 def _require_out(folder: Path) -> None:
@@ -111,7 +133,12 @@ def preparation(project: Project, base: Path, run: Run) -> Stage:
     def work(folder: Path) -> None:
         if keys and not keys.versions(DATA_KEY):
             keys.rotate(DATA_KEY)
-        prepare(project.data, base, keys, folder, run.display.update)
+        if capacity := joined():
+            run.cluster.ask(demand.preparation(project.data, capacity).bundles)
+        try:
+            prepare(project.data, base, keys, folder, run.display.update)
+        finally:
+            run.cluster.ask(())
 
     prepared_by = {"data": project.data.model_dump(exclude={"augment"}), "source": open_source(project.data, base).identity()}
     if any(step.step == "function" for step in project.data.preprocess or []):

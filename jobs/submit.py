@@ -9,19 +9,23 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..cluster import local
-from ..cluster.runtime import JOINED
-from ..cluster.spec import Cluster
+from ..cluster.bill import bill
+from ..cluster.runtime import JOINED, quieten
+from ..cluster.spec import KIND, Capacity, Cluster
 from ..errors import ClusterError, ProjectError
 from ..project import FILE, NAME, Project
 
 LEFT_HERE = ("runs", "registry", "keys", "__pycache__", ".git", ".venv", "storage")
 """Folders of a project that are not sent."""
+RAYS_OWN = re.compile(r"\S+ \S+\s+(INFO|WARNING) \S+\.py:\d+ -- |Running entrypoint for job ")
+"""Lines of a job's log that are not the job's."""
 MOST_SENT_BYTES = 256 << 20
 
 
@@ -31,82 +35,111 @@ class Jobs:
     def __init__(self, address: str, token: str):
         from ray.job_submission import JobSubmissionClient
 
+        quieten()
+        self.address, self._headers = address, {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            self._client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+            self._client = JobSubmissionClient(address, headers=self._headers)
         except Exception as error:
             raise ClusterError(f"{address}: cannot be reached as a Ray cluster ({_said(error)}): is it up?") from None
-        self.address = address
 
-    def status(self, name: str) -> Any:
-        """Ray's details of a job; None where there is none."""
-        try:
-            return self._client.get_job_info(name)
-        except RuntimeError as error:
-            if "404" in str(error) or "does not exist" in str(error):
-                return None
-            raise ClusterError(f"{self.address}: {_said(error)}") from None
+    def latest(self, name: str) -> Any:
+        """Ray's details of the last job that a run had; None where it had none."""
+        return next((job for job in reversed(self.all()) if (job.metadata or {}).get("run") == name), None)
 
     def all(self) -> list[Any]:
-        return sorted((j for j in self._client.list_jobs() if j.submission_id), key=lambda j: j.start_time or 0)
+        """Ray's details of all jobs that were submitted, the oldest first. Raises ClusterError where nobody answers."""
+        try:
+            return sorted((j for j in self._client.list_jobs() if j.submission_id), key=lambda j: j.start_time or 0)
+        except Exception as error:
+            raise ClusterError(f"{self.address}: does not answer ({_said(error)}): is the cluster up?") from None
 
-    def submit(self, project: Project, folder: Path, storage: Path, name: str, tune: bool) -> None:
+    def submit(self, project: Project, folder: Path, capacity: Capacity, storage: Path, name: str, tune: bool) -> None:
         """Send the project. Raises ClusterError where a job of that name is under way, or the project is too large to send."""
-        known = self.status(name)
+        known = self.latest(name)
         if known and not known.status.is_terminal():
             raise ClusterError(f"{name}: is under way ({known.status.value.lower()}): `heliograph attach {name}` follows it")
-        if known:
-            self._client.delete_job(name)
         if project.keys and not Path(project.keys).is_absolute():
             raise ProjectError(
                 f"{folder / FILE}: keys: `{project.keys}` stays here: name a folder that all nodes have, from / on"
             )
-        run = storage / "runs" / name
+        attempts = sum((job.metadata or {}).get("run") == name for job in self.all())
         what = ["tune", "."] if tune else ["run", ".", "--registry", str(storage / "registry")]
         with _shipped(folder) as (working, code):
             self._client.submit_job(
-                submission_id=name,
-                entrypoint=" ".join(["python", "-m", "heliograph", *what, "--run", str(run)]),
-                runtime_env={"working_dir": str(working), "py_modules": [str(code)], "env_vars": {JOINED: name}},
-                metadata={"project": project.name, "run": str(run)},
+                submission_id=f"{name}.{attempts + 1}",
+                entrypoint=" ".join(["python", "-m", "heliograph", *what, "--run", str(storage / "runs" / name)]),
+                runtime_env={
+                    "working_dir": str(working),
+                    "py_modules": [str(code)],
+                    "env_vars": {JOINED: capacity.dumps()},
+                },
+                metadata={"run": name, "project": project.name},
             )
 
     def follow(self, name: str, say: Callable[[str], None]) -> int:
         """Say what a job says, from its beginning, until it ends; its exit code. Raises ClusterError where there is none."""
-        self._known(name)
+        job = self._known(name).submission_id
         shown = 0
         while True:
-            status = self.status(name)
-            over = status is None or status.status.is_terminal()
-            text = self._client.get_job_logs(name) if status else ""
+            status = self._client.get_job_info(job)
+            over = status.status.is_terminal()
+            text = self._client.get_job_logs(job)
             upto = len(text) if over else text.rfind("\n") + 1
             for line in text[shown:upto].splitlines():
-                if not re.match(r"^\S+ \S+\s+(INFO|WARNING) \S+\.py:\d+ -- ", line):  # Ray's own words
+                if not RAYS_OWN.match(line):
                     say(line)
             shown = max(shown, upto)
             if over:
                 return _exit_code(status)
             time.sleep(0.5)
 
-    def cancel(self, name: str, update: Callable[[str], None]) -> str:
+    def cancel(self, name: str) -> str:
         """Tell a job to save a checkpoint and end; what became of it."""
         known = self._known(name)
         if known.status.is_terminal():
             raise ClusterError(f"{name}: has ended already ({known.status.value.lower()})")
-        self._client.stop_job(name)
+        self._client.stop_job(known.submission_id)
         end = time.monotonic() + local.SECONDS_TO_SAVE + 30
         while time.monotonic() < end:
-            status = self.status(name)
-            if status is None or status.status.is_terminal():
+            if self._client.get_job_info(known.submission_id).status.is_terminal():
                 return f"{name}: stopped; submitting it again goes on from its last checkpoint"
-            update(f"waiting for {name} to save a checkpoint")
             time.sleep(0.5)
         raise ClusterError(f"{name}: did not end within {local.SECONDS_TO_SAVE + 30} s: `heliograph attach {name}` shows why")
 
+    def overview(self, name: str, capacity: Capacity) -> list[str]:
+        """Nodes and their cost so far, then a line for each run."""
+        nodes = self._nodes()
+        now = time.time()
+        alive = Counter(kind for kind, _, end in nodes if not end)
+        spent: dict[str, float] = {}
+        for kind, start, end in nodes:
+            spent[kind] = spent.get(kind, 0.0) + (end or now) - start
+        gpus = sum(g.resources.get("GPU", 0) * alive[g.name] for g in capacity.groups)
+        workers = [f"{alive[g.name]} {g.name} of {g.most}" for g in capacity.groups]
+        dollars, rate = bill(capacity, spent), capacity.price({g.name: alive[g.name] for g in capacity.groups})
+        cost = "unknown (a node has no price)" if dollars is None else f"${dollars:.2f} so far, ${rate or 0:.2f} per hour now"
+        out = [f"{name}: the head and {', '.join(workers)}; {gpus:g} GPUs", f"cost: {cost}"]
+        for job in self.all():
+            took = ((job.end_time or 1000 * now) - (job.start_time or 1000 * now)) / 1000
+            out.append(f"{(job.metadata or {}).get('run', job.submission_id)}: {job.status.value.lower()}, {took:.0f} s")
+        return out
+
+    def _nodes(self) -> list[tuple[str, float, float]]:
+        """(kind, since, until) of every node that there was, in seconds since 1970; until is 0 while it lives."""
+        import httpx
+
+        try:
+            answer = httpx.get(f"{self.address}/api/v0/nodes?detail=1&limit=10000", headers=self._headers, timeout=30)
+            found = answer.raise_for_status().json()["data"]["result"]["result"]
+        except (httpx.HTTPError, KeyError, ValueError) as error:
+            raise ClusterError(f"{self.address}: says nothing of its nodes ({_said(error)})") from None
+        return [(n["labels"].get(KIND, "head"), n["start_time_ms"] / 1000, (n["end_time_ms"] or 0) / 1000) for n in found]
+
     def _known(self, name: str) -> Any:
-        known = self.status(name)
+        known = self.latest(name)
         if known is None:
-            names = ", ".join(job.submission_id for job in self.all())
-            raise ClusterError(f"{name}: no such job on {self.address}: {f'it knows {names}' if names else 'it had none yet'}")
+            names = ", ".join(dict.fromkeys((job.metadata or {}).get("run", "") for job in self.all()))
+            raise ClusterError(f"{name}: no such run on {self.address}: {f'it knows {names}' if names else 'it had none yet'}")
         return known
 
 
@@ -135,8 +168,6 @@ def run_name(project: Project, given: str | None) -> str:
 @contextmanager
 def _shipped(folder: Path) -> Iterator[tuple[Path, Path]]:
     """(the project without what stays here, heliograph's own code), as Ray sends them."""
-    import heliograph
-
     with tempfile.TemporaryDirectory() as made:
         working, code = Path(made) / "project", Path(made) / "heliograph"
         shutil.copytree(folder, working, ignore=shutil.ignore_patterns(*LEFT_HERE))
@@ -146,7 +177,7 @@ def _shipped(folder: Path) -> Iterator[tuple[Path, Path]]:
                 f"{folder}: {size >> 20} MiB would be sent with every run: put the data where all nodes can read it, "
                 "and name it in data.source from / on"
             )
-        root = Path(heliograph.__file__).parent
+        root = Path(__file__).parent.parent
         code.mkdir()
         for file in root.glob("*.py"):
             shutil.copyfile(file, code / file.name)
@@ -157,7 +188,7 @@ def _shipped(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 def _exit_code(status: Any) -> int:
     """The job's own; 128 + SIGTERM where it was stopped."""
-    if status is None or status.status.value == "STOPPED":
+    if status.status.value == "STOPPED":
         return 128 + signal.SIGTERM
     if status.driver_exit_code is not None:
         return int(status.driver_exit_code)

@@ -14,10 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..cluster.fit import Demand, fit, why_not
+from ..cluster.runtime import joined
 from ..cluster.storage import read_json, write_json
 from ..errors import RunError
 from .batch import largest_batch
 from .checkpoint import newest, step_of
+from .demand import worker_bundle
 from .pipeline import check_settings, train_pipelined
 from .watch import EVENTS, METRICS, STEPS, last_line, read_lines
 from .worker import SAVE_FILE, STOP_FILE, Job, work
@@ -138,37 +141,38 @@ def _resources(job: Job) -> dict[str, float]:
     """What a worker takes. Raises RunError when the cluster could never hold the workers."""
     import ray
 
-    wanted, workers = job.train.resources, job.train.fewest_workers * (job.train.pipeline.stages if job.train.pipeline else 1)
-    gpus = wanted.gpus
-    if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= job.train.most_workers else 0
-    each = {name: amount for name, amount in (("CPU", wanted.cpus), ("GPU", gpus)) if amount}
-    if wanted.accelerator:
-        each[f"accelerator_type:{wanted.accelerator}"] = 0.001
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = [min((int(node.get(n, 0) / amount) for n, amount in each.items()), default=workers) for node in nodes]
-    if wanted.placement == "STRICT_PACK":
-        room = [max(room)]
-    elif wanted.placement == "STRICT_SPREAD":
-        room = [min(1, r) for r in room]
-    if sum(room) < workers and not _grows():
-        stages = f" times {job.train.pipeline.stages} stages" if job.train.pipeline else ""
-        asked = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
-        raise RunError(
-            f"train.workers is {job.train.workers}{stages} with {asked} each ({wanted.placement}), "
-            f"but the cluster holds {sum(room)} of them: "
-            f"{'lower train.workers or train.resources' if not sum(room) else f'use {sum(room)} or fewer'}, or add nodes"
-        )
+    train, capacity = job.train, joined()
+    wanted, workers = train.resources, train.fewest_workers * (train.pipeline.stages if train.pipeline else 1)
+    each = worker_bundle(train, capacity.gpus if capacity else ray.cluster_resources().get("GPU", 0))
+    if capacity:
+        demand = Demand((each,) * workers, None if train.pipeline else wanted.placement)
+        if fit(capacity, [demand]).unplaced:
+            raise RunError(f"train.workers is {train.workers}: {why_not(capacity, demand)}")
+    else:
+        _require_room(job, each, workers)
     each.pop(f"accelerator_type:{wanted.accelerator}", None)  # Ray Train adds it
     return each
 
 
-def _grows() -> bool:
-    """Whether an autoscaler may add nodes to this cluster."""
-    from ray._private.state import state
+def _require_room(job: Job, each: dict[str, float], workers: int) -> None:
+    """In a cluster that does not grow."""
+    import ray
 
-    config = state.get_cluster_config()
-    return bool(config and config.node_group_configs)
+    placement = job.train.resources.placement
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = [min((int(node.get(n, 0) / amount) for n, amount in each.items()), default=workers) for node in nodes]
+    if placement == "STRICT_PACK":
+        room = [max(room)]
+    elif placement == "STRICT_SPREAD":
+        room = [min(1, r) for r in room]
+    if sum(room) < workers:
+        stages = f" times {job.train.pipeline.stages} stages" if job.train.pipeline else ""
+        asked = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
+        raise RunError(
+            f"train.workers is {job.train.workers}{stages} with {asked} each ({placement}), "
+            f"but the cluster holds {sum(room)} of them: "
+            f"{'lower train.workers or train.resources' if not sum(room) else f'use {sum(room)} or fewer'}, or add nodes"
+        )
 
 
 def _save_before_a_node_goes(job: Job, known: set[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..cluster.keys import KeyStore
-from ..cluster.runtime import LOOPBACK
+from ..cluster.runtime import LOOPBACK, LocalCluster
 from ..cluster.storage import write_json
 from ..datasets import shards
 from ..datasets.schema import Columns, Schema, to_instances, to_numpy
@@ -24,7 +24,8 @@ from .endpoint import Endpoint, check_port, start
 
 def execute(project: Project, base: Path, run: Run) -> None:
     """The stage `predict`: writes `request.json`, with the endpoint's answer, the local model's and the truth."""
-    keys = key_store(project, base, run.folder)
+    keys, cluster = key_store(project, base, run.folder), run.cluster
+    assert isinstance(cluster, LocalCluster)
 
     def work(folder: Path) -> None:
         models = Registry(folder / "registry")  # of this bundle alone, whatever the project's holds
@@ -35,7 +36,7 @@ def execute(project: Project, base: Path, run: Run) -> None:
         run.display.update(f"starting the endpoint on {endpoint.url}")
         columns, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
         row = to_instances(columns, schema)
-        with Client(start(endpoint, run.cluster), project.name, trust=keys.public_key()) as client:
+        with Client(start(endpoint, cluster), project.name, trust=keys.public_key()) as client:
             run.display.update("sending one sealed request")
             started = time.monotonic()
             answer = np.asarray(client.predict(row)[0])
