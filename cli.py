@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import signal
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -264,13 +265,63 @@ ClusterArgument = Annotated[Path, typer.Argument(help="The cluster file.")]
 def cluster_up(file: ClusterArgument) -> None:
     """Start a cluster: its head; nodes follow by themselves when there is work for them.
 
+    Clouds are reached by `ray up`, Kubernetes by `kubectl`, with the credentials that these find; `provider: local` needs none.
+
     Example:  heliograph cluster up rehearsal.yaml
     """
-    from .cluster import local, spec
+    from .cluster import cloud, local, spec
 
     described, capacity = spec.load(file)
+    if described.provider != "local":
+        cloud.start(described, file, capacity, typer.echo)
+        return
     up = local.start(described, file, capacity, lambda line: typer.echo(line, err=True))
     typer.echo(f"{described.name} is up: jobs at {up.jobs}; next: heliograph submit PROJECT --cluster {file}")
+
+
+class _Target(StrEnum):
+    AWS = "aws"
+    GCP = "gcp"
+    AZURE = "azure"
+    KUBERAY = "kuberay"
+
+
+@clusters.command("render")
+def cluster_render(
+    file: ClusterArgument,
+    target: Annotated[_Target | None, typer.Option("--for", help="Must be the file's provider, which it is by default.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Kubernetes: a RayJob that runs this project, alone.")] = None,
+    serve: Annotated[Path | None, typer.Option(help="Kubernetes: a RayService that serves this project's model.")] = None,
+    image: Annotated[bool, typer.Option("--dockerfile", help="A Dockerfile with what is installed here.")] = False,
+) -> None:
+    """Print a cluster in its provider's words: a file for `ray up`, or a KubeRay manifest. All are checked first.
+
+    Example:  heliograph cluster render gpus.yaml > ray-up.yaml
+              heliograph cluster render kube.yaml --run examples/digits | kubectl apply -f -
+    """
+    from .cluster import render, spec
+    from .errors import ClusterError
+
+    described, capacity = spec.load(file)
+    if target and target.value != described.provider:
+        raise ClusterError(f"{file}: its provider is {described.provider}, and so are its instances and prices")
+    if image:
+        typer.echo(render.dockerfile(capacity.gpus > 0), nl=False)
+    elif described.provider == "local":
+        raise ClusterError(f"{file}: a local cluster is in nobody else's words: `heliograph cluster up {file}` starts it")
+    elif described.provider == "kuberay":
+        from .jobs import kube
+
+        if run:
+            made = kube.job(project.load(run), described, capacity)
+        elif serve:
+            made = kube.service(project.load(serve), described, capacity)
+        else:
+            made = render.manifest(described, capacity)
+        typer.echo(render.text(made), nl=False)
+    else:
+        token = file.resolve().parent / f".{described.name}" / "auth_token"
+        typer.echo(render.text(render.launcher(described, capacity, token)), nl=False)
 
 
 @clusters.command("status")
@@ -305,9 +356,12 @@ def cluster_down(file: ClusterArgument) -> None:
 
     Example:  heliograph cluster down rehearsal.yaml
     """
-    from .cluster import local, spec
+    from .cluster import cloud, local, spec
 
     described, capacity = spec.load(file)
+    if described.provider != "local":
+        cloud.stop(described, file, capacity, typer.echo)
+        return
     up = local.found(described, file)
     lines = _jobs(file, None).overview(described.name, capacity)[:2] if up else [f"{described.name}: was not up"]
     local.stop(described, file)

@@ -26,15 +26,13 @@ import yaml
 
 from ..errors import ClusterError
 from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port
-from .spec import Capacity, Cluster
+from .spec import SECONDS_TO_SAVE, Capacity, Cluster
 from .storage import read_json, write_bytes
 
 HEAD_TYPE = "ray.head.default"
 HEAD_ID = "f" * 51 + "00000"
 """The names that Ray's fake provider knows."""
 SECONDS_TO_START = 120
-SECONDS_TO_SAVE = 90
-"""How long a job that is told to stop may take to save a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ CATALOGUE = Path(__file__).parent / "prices.csv"
 COLUMNS = ("provider", "region", "instance", "cpus", "memory_gib", "gpus", "accelerator", "on_demand", "spot")
 KIND = "heliograph-kind"
 """The label of a node that names its kind in the cluster file."""
+VOLUME = "/mnt/heliograph"
+"""Where the storage of a Kubernetes cluster is in its pods."""
+SECONDS_TO_SAVE = 90
+"""How long a job that is told to stop, or a pod that must go, may take to save a checkpoint."""
 CLOUDS = ("aws", "gcp", "azure")
 
 
@@ -58,6 +62,8 @@ class Worker(Node):
     """cheaper, and taken away when somebody pays more"""
     labels: dict[str, str] = {}
     """of Ray, to place actors by"""
+    node_selector: dict[str, str] = {}
+    """Kubernetes: labels of the machines that it may be on"""
 
     @model_validator(mode="after")
     def _in_order(self):
@@ -113,7 +119,8 @@ class Cluster(Section):
     image: str | None = None
     """a machine image (AWS: its id), or on Kubernetes a container image"""
     storage: str = "storage"
-    """a folder that all nodes share: runs and the registry; relative to this file, local clusters alone"""
+    """what all nodes share, for runs and the registry: a folder, from / on; of a local cluster relative to this file; on
+    Kubernetes the name of a PersistentVolumeClaim"""
     network: Network = Network()
     secrets: Secrets = Secrets()
     redis: str | None = None
@@ -226,7 +233,11 @@ def load(file: Path) -> tuple[Cluster, Capacity]:
 
 
 def storage(spec: Cluster, file: Path) -> Path:
-    """Where runs and the registry lie."""
+    """Where runs and the registry lie, on the nodes. Raises ProjectError for a folder that a cloud's nodes cannot share."""
+    if spec.provider == "kuberay":
+        return Path(VOLUME)
+    if spec.provider != "local" and not Path(spec.storage).is_absolute():
+        raise ProjectError(f"{file}: storage: `{spec.storage}` is a folder of this machine: name one that all nodes share")
     return (file.resolve().parent / Path(spec.storage).expanduser()).resolve()
 
 

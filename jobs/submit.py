@@ -18,7 +18,7 @@ from typing import Any
 from ..cluster import local
 from ..cluster.bill import bill
 from ..cluster.runtime import JOINED, quieten
-from ..cluster.spec import KIND, Capacity, Cluster
+from ..cluster.spec import KIND, SECONDS_TO_SAVE, Capacity, Cluster
 from ..errors import ClusterError, ProjectError
 from ..project import FILE, NAME, Project
 
@@ -63,11 +63,10 @@ class Jobs:
                 f"{folder / FILE}: keys: `{project.keys}` stays here: name a folder that all nodes have, from / on"
             )
         attempts = sum((job.metadata or {}).get("run") == name for job in self.all())
-        what = ["tune", "."] if tune else ["run", ".", "--registry", str(storage / "registry")]
         with _shipped(folder) as (working, code):
             self._client.submit_job(
                 submission_id=f"{name}.{attempts + 1}",
-                entrypoint=" ".join(["python", "-m", "heliograph", *what, "--run", str(storage / "runs" / name)]),
+                entrypoint=entrypoint(".", str(storage), name, tune),
                 runtime_env={
                     "working_dir": str(working),
                     "py_modules": [str(code)],
@@ -99,12 +98,12 @@ class Jobs:
         if known.status.is_terminal():
             raise ClusterError(f"{name}: has ended already ({known.status.value.lower()})")
         self._client.stop_job(known.submission_id)
-        end = time.monotonic() + local.SECONDS_TO_SAVE + 30
+        end = time.monotonic() + SECONDS_TO_SAVE + 30
         while time.monotonic() < end:
             if self._client.get_job_info(known.submission_id).status.is_terminal():
                 return f"{name}: stopped; submitting it again goes on from its last checkpoint"
             time.sleep(0.5)
-        raise ClusterError(f"{name}: did not end within {local.SECONDS_TO_SAVE + 30} s: `heliograph attach {name}` shows why")
+        raise ClusterError(f"{name}: did not end within {SECONDS_TO_SAVE + 30} s: `heliograph attach {name}` shows why")
 
     def overview(self, name: str, capacity: Capacity) -> list[str]:
         """Nodes and their cost so far, then a line for each run."""
@@ -141,6 +140,12 @@ class Jobs:
             names = ", ".join(dict.fromkeys((job.metadata or {}).get("run", "") for job in self.all()))
             raise ClusterError(f"{name}: no such run on {self.address}: {f'it knows {names}' if names else 'it had none yet'}")
         return known
+
+
+def entrypoint(folder: str, storage: str, name: str, tune: bool) -> str:
+    """What a cluster is to do for a run. folder: of the project, there."""
+    what = f"tune {folder}" if tune else f"run {folder} --registry {storage}/registry"
+    return f"python -m heliograph {what} --run {storage}/runs/{name}"
 
 
 def reach(spec: Cluster, file: Path, address: str | None, token: str | None) -> Jobs:

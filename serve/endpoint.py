@@ -8,6 +8,7 @@ private keys itself, so neither travels through Ray.
 import asyncio
 import errno
 import importlib
+import json
 import logging
 import os
 import resource
@@ -85,6 +86,39 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
     if options.tls:
         write_json(public, {"host": options.host, "keys": str(endpoint.keys.folder)})
     serve.start(http_options=HTTPOptions(host=LOOPBACK, port=options.port))
+    bound = _bound(endpoint)
+    serve.run(bound, name=endpoint.name, route_prefix="/")
+    audit = Audit(endpoint.keys)
+
+    def told(line: str) -> None:
+        audit.write("rollout", line, must=False)
+        say(line)
+
+    audit.write("serve", endpoint.name, must=False, url=endpoint.url)
+    Judge(endpoint.registry, tally, told).start()
+    return endpoint.url
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """The application for a cluster that others keep (KubeRay's `RayService`), from its configuration's `args`: name, registry,
+    keys (folders that all nodes have) and serve, as in a project file."""
+    import ray
+
+    ray.remote(Tally).options(name=TALLY, num_cpus=0, max_restarts=-1, get_if_exists=True, lifetime="detached").remote()
+    return _bound(
+        Endpoint(
+            arguments["name"],
+            Registry(Path(arguments["registry"])),
+            KeyStore(Path(arguments["keys"])),
+            Serve.model_validate_json(json.dumps(arguments["serve"])),
+        )
+    )
+
+
+def _bound(endpoint: Endpoint) -> Any:
+    from ray import serve
+
+    options = endpoint.options
     settings: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.gpus},
         "max_ongoing_requests": 1_000_000,  # the replica refuses what it cannot answer in time, by what it measures
@@ -96,16 +130,7 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
     if options.per_node:
         settings["max_replicas_per_node"] = options.per_node
     replica: Any = serve.deployment(Replica, name=endpoint.name, **settings)
-    serve.run(replica.bind(endpoint), name=endpoint.name, route_prefix="/")
-    audit = Audit(endpoint.keys)
-
-    def told(line: str) -> None:
-        audit.write("rollout", line, must=False)
-        say(line)
-
-    audit.write("serve", endpoint.name, must=False, url=endpoint.url)
-    Judge(endpoint.registry, tally, told).start()
-    return endpoint.url
+    return replica.bind(endpoint)
 
 
 def _scaling(options: Serve) -> dict[str, Any]:
