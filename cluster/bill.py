@@ -16,7 +16,7 @@ from .storage import read_json, write_json
 
 COST = "cost.json"
 SECONDS_BETWEEN = 2.0
-SECONDS_TO_STOP = 60
+SECONDS_TO_STOP = 30
 """A run is stopped so long before its money is used up, since it saves a checkpoint first."""
 
 

@@ -106,7 +106,7 @@ def why_not(capacity: Capacity, demand: Demand) -> str:
     bundle, count, groups = demand.bundles[0], len(demand.bundles), capacity.groups
     asked = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     if not any(holds(g, bundle) for g in groups):
-        best = max(groups, key=lambda g: sum(g.resources.get(n, 0) >= a for n, a in bundle.items()))
+        best = max(groups, key=lambda g: sum(min(1.0, g.resources.get(n, 0) / a) for n, a in bundle.items()))
         has = ", ".join(f"{amount:g} {name}" for name, amount in best.resources.items())
         return f"no node has {asked} (`{best.name}` has {has}): ask for less, or add nodes that do"
     more = replace(capacity, groups=tuple(replace(g, most=max(g.most, count)) for g in groups))
