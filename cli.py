@@ -5,9 +5,12 @@ Exit codes: 0 done, 1 a bug of ours (its traceback is in the run's log), 2 a mis
 """
 
 import contextlib
+import getpass
 import os
+import re
 import shutil
 import signal
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +20,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from . import __version__, project
-from .errors import ProjectError, RunError
+from .errors import ProjectError, RegistryError, RunError
 
 
 class _Commands(TyperGroup):
@@ -192,6 +195,7 @@ def submit(
     name: Annotated[str | None, typer.Option(help="Of the run (default: the project's name).")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Search (`heliograph tune`) instead of a run.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run; its exit code is then this command's.")] = True,
+    priority: Annotated[int, typer.Option(help="The higher, the sooner, where the cluster's `limits.runs` lets runs wait.")] = 0,
     address: Address = None,
 ) -> None:
     """Run a project on a cluster: what `heliograph run` does here, it does there.
@@ -203,6 +207,7 @@ def submit(
     """
     from .cluster import spec
     from .jobs.plan import plan as make
+    from .jobs.queue import Place
     from .jobs.submit import reach, run_name
 
     loaded = project.load(folder)
@@ -212,7 +217,8 @@ def submit(
     if made.problems:
         raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
     jobs = reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
-    jobs.submit(loaded, folder.resolve(), capacity, spec.storage(described, file), called, tune)
+    place = Place(called, getpass.getuser(), priority, time.time())
+    jobs.submit(loaded, folder.resolve(), capacity, spec.storage(described, file), place, tune)
     typer.echo(f"{called}: submitted; `heliograph attach {called} --cluster {file}` follows it", err=True)
     if wait:
         _follow(jobs, called)
@@ -493,6 +499,84 @@ def deploy(
     state = rollout.begin(models, name, version, percent, seconds, requests)
     Audit(keys).write("deploy", f"{name}@{version}", percent=percent, token=who)
     rollout.follow(lambda: models.state(name), name, state, wait, typer.echo)
+
+
+models = typer.Typer(no_args_is_help=True, help="Look at a project's registry, move aliases, remove old versions.")
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def models_list(
+    folder: ProjectFolder, search: Annotated[str, typer.Option(help="Only lines with this text, such as `production`.")] = ""
+) -> None:
+    """Show every version of every model: when and from what it was made, how it did, which aliases name it.
+
+    Example:  heliograph models list examples/digits --search production
+    """
+    for name in (registry := _registry(folder)).names():
+        for line in registry.describe(name):
+            if search in line:
+                typer.echo(line)
+
+
+@models.command("history")
+def models_history(folder: ProjectFolder, name: Annotated[str, typer.Argument(help="Of the model.")]) -> None:
+    """Show which alias named which version since when, the newest last.
+
+    Example:  heliograph models history examples/digits digits
+    """
+    for change in _registry(folder).state(name).history:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(change.time))
+        typer.echo(f"{when}  {change.alias}: {name}@{change.before or '-'} -> {name}@{change.version}")
+
+
+@models.command("alias")
+def models_alias(
+    folder: ProjectFolder,
+    model: Annotated[str, typer.Argument(help="NAME@VERSION.")],
+    alias: Annotated[str, typer.Argument(help="Such as staging; `heliograph deploy` moves `production`.")],
+    run: RunFolder = None,
+) -> None:
+    """Let an alias name a version: requests may then ask for the alias (/v1/models/NAME/labels/ALIAS:predict).
+
+    Example:  heliograph models alias examples/digits digits@2 staging
+    """
+    from .jobs.registry import ALIAS, PRODUCTION, parse
+    from .serve.access import require_role
+
+    name, version = parse(model)
+    if alias == PRODUCTION or not re.fullmatch(ALIAS, alias) or version is None:
+        raise RegistryError(f"`{model} {alias}`: name NAME@VERSION and an alias; `production` is moved by `heliograph deploy`")
+    require_role(_keys(folder, run), project.Verb.DEPLOY, name)
+    registry = _registry(folder)
+    registry.bundle(name, version)
+    seen = registry.state(name)
+    registry.replace(name, seen, seen.moved(alias, version))
+    typer.echo(f"{alias} is {name}@{version} now")
+
+
+@models.command("collect")
+def models_collect(
+    folder: ProjectFolder,
+    keep: Annotated[int, typer.Option(help="The newest versions that stay in any case.", min=1)] = 5,
+    run: RunFolder = None,
+) -> None:
+    """Remove old versions; never one that an alias or a rollout names, or that an endpoint of this registry holds.
+
+    Example:  heliograph models collect examples/digits --keep 3
+    """
+    from .serve.access import require_role
+
+    for name in (registry := _registry(folder)).names():
+        require_role(_keys(folder, run), project.Verb.PROMOTE, name)
+        removed = registry.collect(name, keep)
+        typer.echo(f"{name}: removed {', '.join(map(str, removed)) or 'nothing'}, {len(registry.versions(name))} versions stay")
+
+
+def _registry(folder: Path) -> Any:
+    from .jobs.run import registry
+
+    return registry(project.load(folder), folder.resolve())
 
 
 @app.command()

@@ -78,6 +78,9 @@ class Limits(Section):
     dollars_per_hour: Annotated[float, Field(gt=0)] | None = None
     dollars_per_run: Annotated[float, Field(gt=0)] | None = None
     """a run that has cost so much saves a checkpoint and stops"""
+    runs: Annotated[int, Field(ge=1)] | None = None
+    """at one time; the others wait, by priority"""
+    runs_per_user: Annotated[int, Field(ge=1)] | None = None
 
 
 class Network(Section):
@@ -192,6 +195,8 @@ class Capacity:
     most_nodes: int
     """Beside the head, of all kinds together."""
     dollars_per_run: float | None = None
+    runs: int | None = None
+    runs_per_user: int | None = None
 
     @property
     def gpus(self) -> float:
@@ -210,7 +215,7 @@ class Capacity:
     def loads(text: str) -> "Capacity":
         said = json.loads(text)
         groups = tuple(Group(**g) for g in said["groups"])
-        return Capacity(Group(**said["head"]), groups, said["most_nodes"], said["dollars_per_run"])
+        return Capacity(**{**said, "head": Group(**said["head"]), "groups": groups})
 
 
 def load(file: Path) -> tuple[Cluster, Capacity]:
@@ -229,7 +234,8 @@ def load(file: Path) -> tuple[Cluster, Capacity]:
         dollars, at_most = _price(spec, node, table, f"{file}: nodes.{name}", node.spot)
         resources = _resources(node, table.get(node.instance or ""))
         groups.append(Group(name, resources, node.min, node.max, dollars, {**node.labels, KIND: name}, node.spot, at_most))
-    return spec, Capacity(head, tuple(groups), spec.most_nodes, spec.limits.dollars_per_run)
+    limits = spec.limits
+    return spec, Capacity(head, tuple(groups), spec.most_nodes, limits.dollars_per_run, limits.runs, limits.runs_per_user)
 
 
 def storage(spec: Cluster, file: Path) -> Path:

@@ -1,24 +1,35 @@
 """The registry: names → versions → aliases of bundles, in a folder.
 
     REGISTRY/NAME/3/           a bundle, as it was signed
-    REGISTRY/NAME/state.json   which version is asked for by which alias, and the rollout that is under way
+    REGISTRY/NAME/state.json   which version is asked for by which alias, who moved it when, and the rollout that is under way
 
 An endpoint follows `state.json`: whoever writes it (a rollout, a person with `heliograph deploy`) needs no door into the
 endpoint. `production` is the alias that answers requests which name no version; while there is none, the newest does.
+
+Two who change a model's state at the same time cannot both win: a change says what it was made from, and is refused when that is
+no longer so. Locks are the system's (`flock`), so whoever dies holds none.
 """
 
+import contextlib
+import fcntl
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pydantic import BaseModel, ConfigDict
 
+from ..cluster.sealed import KEY_FILE
 from ..cluster.storage import publish_folder, read_json, write_json
 from ..errors import RegistryError
 from ..project import NAME
 from .bundle import SIGNATURE
 
 PRODUCTION = "production"
+MOST_HISTORY = 1000
+ALIAS = r"[a-z][a-z0-9_-]{0,62}"
 
 
 class Rollout(BaseModel):
@@ -40,10 +51,30 @@ class Rollout(BaseModel):
         return not self.verdict
 
 
+class Change(BaseModel):
+    """An alias that was moved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    alias: str
+    version: int
+    before: int | None
+    time: float
+    """Seconds since 1970."""
+
+
 class State(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     aliases: dict[str, int] = {}
     rollout: Rollout | None = None
+    history: tuple[Change, ...] = ()
+    """Oldest first."""
+
+    def moved(self, alias: str, version: int) -> "State":
+        before = self.aliases.get(alias)
+        if before == version:
+            return self
+        history = (*self.history, Change(alias=alias, version=version, before=before, time=time.time()))
+        return self.model_copy(update={"aliases": {**self.aliases, alias: version}, "history": history[-MOST_HISTORY:]})
 
 
 class Registry:
@@ -69,12 +100,13 @@ class Registry:
     def add(self, name: str, bundle: Path) -> int:
         """Copy a bundle in, as the next version; the version that it has where it is there already."""
         signature = (bundle / SIGNATURE).read_bytes()
-        for version in reversed(self.versions(name)):
-            if (self.folder / name / str(version) / SIGNATURE).read_bytes() == signature:
-                return version
-        version = max(self.versions(name), default=0) + 1
-        with publish_folder(self.folder / name / str(version)) as aside:
-            shutil.copytree(bundle, aside, dirs_exist_ok=True)
+        with self._locked(name):
+            for version in reversed(self.versions(name)):
+                if (self.folder / name / str(version) / SIGNATURE).read_bytes() == signature:
+                    return version
+            version = max(self.versions(name), default=0) + 1
+            with publish_folder(self.folder / name / str(version)) as aside:
+                shutil.copytree(bundle, aside, dirs_exist_ok=True)
         return version
 
     def state(self, name: str) -> State:
@@ -86,8 +118,12 @@ class Registry:
         except ValueError as error:
             raise RegistryError(f"{file}: is damaged ({type(error).__name__}): deploy a version anew") from None
 
-    def write(self, name: str, state: State) -> None:
-        write_json(self.folder / name / "state.json", state.model_dump())
+    def replace(self, name: str, seen: State, state: State) -> None:
+        """Put a state in the place of the one that was `seen`. Raises RegistryError when that is no longer the model's."""
+        with self._locked(name):
+            if self.state(name) != seen:
+                raise RegistryError(f"{name}: somebody else changed its aliases or its rollout meanwhile: look, and try again")
+            write_json(self.folder / name / "state.json", state.model_dump())
 
     def resolve(self, name: str, state: State | None = None) -> int:
         """The version in production, or the newest while there is none. state: the model's, where it was read already.
@@ -97,6 +133,73 @@ class Registry:
         if found is None:
             raise RegistryError(f"{self.folder}: has no {name} yet")
         return found
+
+    def hold(self, name: str, version: int) -> IO[bytes] | None:
+        """Keep a version from being collected until what is returned is closed, or this process ends.
+
+        None where the registry cannot be written: then nobody here collects."""
+        try:
+            file = self._use_file(name, version).open("ab")
+        except OSError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return file
+
+    def collect(self, name: str, keep: int) -> list[int]:
+        """Remove versions, but not the newest `keep` (one at least), none that an alias or a rollout names, and none that an
+        endpoint holds. Returns what was removed."""
+        removed = []
+        with self._locked(name):
+            state = self.state(name)
+            named = {*state.aliases.values(), *([state.rollout.version] if state.rollout and state.rollout.active else [])}
+            for version in self.versions(name)[: -max(1, keep)]:
+                if version in named or not self._unused(name, version):
+                    continue
+                gone = self.folder / name / f".{version}.gone"
+                (self.folder / name / str(version)).rename(gone)
+                shutil.rmtree(gone)
+                self._use_file(name, version).unlink(missing_ok=True)
+                removed.append(version)
+        return removed
+
+    def describe(self, name: str) -> list[str]:
+        """A line for each version, the newest first: aliases, when it was made, from what, and how it did on the test split."""
+        state, out = self.state(name), []
+        for version in reversed(self.versions(name)):
+            folder = self.folder / name / str(version)
+            note = read_json(folder / "bundle.json")
+            aliases = [alias for alias, of in sorted(state.aliases.items()) if of == version]
+            if state.rollout and state.rollout.active and state.rollout.version == version:
+                aliases.append(f"rollout {state.rollout.percent:g} %")
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / SIGNATURE).stat().st_mtime))
+            test = {} if (folder / KEY_FILE).exists() else read_json(folder / "metrics.json")
+            figures = [f"{k} {test[k]:.4f}" for k in ("accuracy", "rmse") if test.get(k) is not None]
+            lineage = note.get("lineage", {})
+            origin = [f"from {lineage['source']}"] if "source" in lineage else []
+            origin += [f"{k} {str(lineage[k])[:12]}" for k in ("data", "code", "configuration") if k in lineage]
+            out.append("  ".join([f"{name}@{version}", made, *figures, *origin, *(f"[{a}]" for a in aliases)]))
+        return out
+
+    def _use_file(self, name: str, version: int) -> Path:
+        return self.folder / name / f".{version}.used"
+
+    def _unused(self, name: str, version: int) -> bool:
+        file = self._use_file(name, version)
+        if not file.exists():
+            return True
+        with file.open("ab") as opened:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        with (self.folder / name / ".lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 def parse(text: str) -> tuple[str, int | None]:

@@ -1,7 +1,9 @@
 """Run: a project's stages in their order, from raw data to a signed bundle."""
 
 import hashlib
+import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from .display import Display
 from .engine import FILES
 from .evaluate import evaluate
 from .prepare import prepare
+from .queue import PLACE, QUEUE, Place, turn
 from .registry import Registry
 from .stages import Run, Stage
 from .train import Job, train
@@ -56,7 +59,7 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
         try:
             capacity = joined()
             here = JoinedCluster() if capacity else LocalCluster(workers, logs=folder / "ray-logs")
-            with here as cluster, display.open(), _metered(capacity, folder):
+            with here as cluster, display.open(), _at_its_turn(capacity, folder, display), _metered(capacity, folder):
                 yield Run(folder, cluster, display)
         except Exception:
             logging.getLogger("heliograph").exception("the run ended with an error")
@@ -65,6 +68,16 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
             for logger in loggers:
                 logger.removeHandler(handler)
             handler.close()
+
+
+@contextmanager
+def _at_its_turn(capacity: Capacity | None, folder: Path, display: Display) -> Iterator[None]:
+    """Of those that were submitted to the same storage, where `folder` is runs/NAME."""
+    if capacity is None or PLACE not in os.environ:
+        yield
+        return
+    with turn(folder.parent.parent / QUEUE, Place(**json.loads(os.environ[PLACE])), capacity, display.say):
+        yield
 
 
 @contextmanager
@@ -163,7 +176,13 @@ def execute(project: Project, base: Path, run: Run) -> int:
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
         parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
-        lineage = {"source": project.data.source, "stages": {n: run.fingerprints[n] for n in ("prepare", "train", "evaluate")}}
+        lineage = {
+            "source": project.data.source,
+            "data": run.fingerprints["prepare"],
+            "code": code_of(base),
+            "configuration": run.fingerprints["train"],
+            "settings": {"train": project.train.model_dump(mode="json"), "model": project.model.model_dump(mode="json")},
+        }
         make(folder, project.name, lineage, parts, keys)
 
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}

@@ -4,6 +4,7 @@ A job's name is its run's: STORAGE/runs/NAME. So whatever ends the job (a cancel
 project under the same name goes on where it was. What cannot be placed is refused here, where Ray would wait for it for ever.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..cluster.runtime import JOINED, quieten
 from ..cluster.spec import KIND, SECONDS_TO_SAVE, Capacity, Cluster
 from ..errors import ClusterError, ProjectError
 from ..project import FILE, NAME, Project
+from .queue import PLACE, Place
 
 LEFT_HERE = ("runs", "registry", "keys", "__pycache__", ".git", ".venv", "storage")
 """Folders of a project that are not sent."""
@@ -53,8 +56,9 @@ class Jobs:
         except Exception as error:
             raise ClusterError(f"{self.address}: does not answer ({_said(error)}): is the cluster up?") from None
 
-    def submit(self, project: Project, folder: Path, capacity: Capacity, storage: Path, name: str, tune: bool) -> None:
+    def submit(self, project: Project, folder: Path, capacity: Capacity, storage: Path, place: Place, tune: bool) -> None:
         """Send the project. Raises ClusterError where a job of that name is under way, or the project is too large to send."""
+        name = place.run
         known = self.latest(name)
         if known and not known.status.is_terminal():
             raise ClusterError(f"{name}: is under way ({known.status.value.lower()}): `heliograph attach {name}` follows it")
@@ -70,7 +74,7 @@ class Jobs:
                 runtime_env={
                     "working_dir": str(working),
                     "py_modules": [str(code)],
-                    "env_vars": {JOINED: capacity.dumps()},
+                    "env_vars": {JOINED: capacity.dumps(), PLACE: json.dumps(asdict(place))},
                 },
                 metadata={"run": name, "project": project.name},
             )

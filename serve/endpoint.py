@@ -72,7 +72,7 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
         endpoint_pem(endpoint.keys)
     Door(endpoint.keys, endpoint.name, None, endpoint.options.key_grace_seconds)
     version = endpoint.registry.resolve(endpoint.name)
-    endpoint.models(Stats()).open((endpoint.name, version)).batcher.close()
+    endpoint.models(Stats()).open((endpoint.name, version)).close()
     cluster.start()
     import ray
     from ray import serve

@@ -12,6 +12,7 @@ import random
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -44,6 +45,9 @@ class NotLoaded(Exception):
 class Loaded:
     """One version of one model, ready to answer. Raises SignatureError, BundleError, KeyStoreError."""
 
+    held: IO[bytes] | None = None
+    """Keeps the version in the registry."""
+
     def __init__(self, folder: Path, name: str, version: int, keys: KeyStore, options: Serve, threads: int, stats: Stats):
         started = time.perf_counter()
         bundle.verify(folder, keys.public_key())
@@ -55,6 +59,11 @@ class Loaded:
         for rows in (1, 32):
             self.batcher.pace.add(rows, self.engine.measure(rows, calls=3))
         stats.loads[self.key] = time.perf_counter() - started
+
+    def close(self) -> None:
+        self.batcher.close()
+        if self.held:
+            self.held.close()
 
     def _run(self, columns: Columns) -> np.ndarray:
         begun = time.perf_counter()
@@ -151,8 +160,11 @@ class Models:
     def open(self, place: Place) -> Loaded:
         """Raises what `Loaded` raises, and RegistryError."""
         name, version = place
+        held = self.registry.hold(name, version)
         folder = self.registry.bundle(name, version)
-        return Loaded(folder, name, version, self.keys, self.options, self.threads, self.stats)
+        loaded = Loaded(folder, name, version, self.keys, self.options, self.threads, self.stats)
+        loaded.held = held
+        return loaded
 
     def _let_go(self) -> None:
         kept = set(self._default.items())
@@ -161,7 +173,7 @@ class Models:
             if len(self._loaded) <= max(self.options.models, len(kept)):
                 return
             if place not in kept:
-                self._loaded.pop(place).batcher.close()
+                self._loaded.pop(place).close()
 
     async def follow(self) -> None:
         """Look once whether the registry or the key store says something new, and do it."""

@@ -42,22 +42,22 @@ def begin(registry: Registry, name: str, version: int, percent: float, seconds: 
     """Start a rollout. 100 percent: the version takes over at once, as soon as replicas have loaded it.
 
     While nothing is in production, the newest other version is what it is judged against. Raises RegistryError for a
-    version that is not there or in production already.
+    version that is not there or in production already, and when another change came between.
     """
     registry.bundle(name, version)
-    state = registry.state(name)
+    seen = state = registry.state(name)
     current = state.aliases.get(PRODUCTION) or max((v for v in registry.versions(name) if v != version), default=version)
     if state.aliases.get(PRODUCTION) == version:
         raise RegistryError(f"{name}@{version} is in production already")
     if current == version:
         percent = 100.0  # there is no other to be judged against
-    aliases = {PRODUCTION: current, **state.aliases}
+    state = state if PRODUCTION in state.aliases else state.moved(PRODUCTION, current)
     rollout = Rollout(version=version, percent=percent, started=time.time(), seconds=seconds, requests=requests)
     if percent >= 100:
-        aliases[PRODUCTION] = version
+        state = state.moved(PRODUCTION, version)
         rollout = rollout.model_copy(update={"verdict": "promoted: at once, as asked"})
-    state = State(aliases=aliases, rollout=rollout)
-    registry.write(name, state)
+    state = state.model_copy(update={"rollout": rollout})
+    registry.replace(name, seen, state)
     return state
 
 
@@ -139,10 +139,9 @@ class Judge(threading.Thread):
         verdict = judge(rollout, old, new, failure, time.time() - rollout.started)
         if not verdict:
             return
-        aliases = dict(state.aliases)
-        if verdict.startswith("promoted"):
-            aliases[PRODUCTION] = rollout.version
-        self._registry.write(name, State(aliases=aliases, rollout=rollout.model_copy(update={"verdict": verdict})))
+        after = state.moved(PRODUCTION, rollout.version) if verdict.startswith("promoted") else state
+        judged = rollout.model_copy(update={"verdict": verdict})
+        self._registry.replace(name, state, after.model_copy(update={"rollout": judged}))
         self._say(f"{name}@{rollout.version} {verdict}")
 
 

@@ -37,7 +37,7 @@ def test_the_newest_answers_until_one_is_in_production(room):
     assert version_of(room)[0] == "1"
     room.follow()
     assert version_of(room) == ("2", [2.0, 2.0])
-    room.registry.write("pets", State(aliases={PRODUCTION: 1, "old": 1}))
+    room.registry.replace("pets", State(), State(aliases={PRODUCTION: 1, "old": 1}))
     room.follow()
     assert version_of(room)[0] == "1"
     assert version_of(room, "/v1/models/pets/labels/old:predict")[0] == "1"
