@@ -356,6 +356,23 @@ def cluster_logs(file: ClusterArgument) -> None:
         typer.echo(line)
 
 
+@clusters.command("watch")
+def cluster_watch(
+    file: ClusterArgument,
+    out: Annotated[Path, typer.Option(help="A folder for prometheus.yml, rules.yml and dashboard.json.")] = Path("watching"),
+    endpoint: Annotated[list[str] | None, typer.Option(help="The URL of an endpoint to watch too; again for more.")] = None,
+) -> None:
+    """Write what watches a cluster and endpoints: a configuration and alerts for Prometheus, a dashboard for Grafana.
+
+    Example:  heliograph cluster watch gpus.yaml --endpoint http://127.0.0.1:8000 --out watching
+    """
+    from .cluster import local, spec, watching
+
+    described, _ = spec.load(file)
+    for line in watching.write(out, local.discovery(described, file), endpoint or []):
+        typer.echo(line)
+
+
 @clusters.command("down")
 def cluster_down(file: ClusterArgument) -> None:
     """End a cluster, and say what it has cost.

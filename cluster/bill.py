@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from .spec import KIND, Capacity
 from .storage import read_json, write_json
@@ -34,6 +35,7 @@ class Meter(threading.Thread):
         with contextlib.suppress(OSError, ValueError):
             self._seconds |= read_json(self.file)["node_seconds"]
         self._most: dict[str, int] = {}
+        self._gauges: dict[str, Any] = {}
 
     def run(self) -> None:
         import ray
@@ -58,6 +60,7 @@ class Meter(threading.Thread):
         workers = {kind: count for kind, count in there.items() if kind != "head"}
         self._most = {kind: max(count, self._most.get(kind, 0)) for kind, count in {**self._most, **workers}.items()}
         dollars, rate = bill(self.capacity, self._seconds), self.capacity.price(workers)
+        self._tell(dollars, there)
         seconds = {kind: round(s, 1) for kind, s in self._seconds.items()}
         write_json(self.file, {"dollars": dollars, "node_seconds": seconds, "most_nodes": self._most})
         limit = self.capacity.dollars_per_run
@@ -65,6 +68,25 @@ class Meter(threading.Thread):
             if not self.over:
                 os.kill(os.getpid(), signal.SIGTERM)
             self.over = f"the run has cost ${dollars:.2f}, and limits.dollars_per_run of the cluster is ${limit:.2f}"
+
+    def _tell(self, dollars: float | None, there: dict[str, int]) -> None:
+        """Prometheus, through Ray's exporter."""
+        from ray.util.metrics import Gauge
+
+        run = self.file.parent.name
+        if not self._gauges:
+            for name, text, tags in (
+                ("dollars", "What a run has cost.", ("run",)),
+                ("budget_dollars", "What it may cost.", ("run",)),
+                ("nodes", "Of its cluster, by kind.", ("run", "kind")),
+            ):
+                self._gauges[name] = Gauge(f"heliograph_run_{name}", text, tags)
+        if dollars is not None:
+            self._gauges["dollars"].set(dollars, {"run": run})
+        if self.capacity.dollars_per_run:
+            self._gauges["budget_dollars"].set(self.capacity.dollars_per_run, {"run": run})
+        for kind in self._seconds:
+            self._gauges["nodes"].set(there.get(kind, 0), {"run": run, "kind": kind})
 
 
 def bill(capacity: Capacity, seconds: dict[str, float]) -> float | None:

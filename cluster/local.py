@@ -118,6 +118,12 @@ def logs(spec: Cluster, file: Path) -> Iterator[str]:
         yield from path.read_text(errors="replace").splitlines() if path.exists() else ()
 
 
+def discovery(spec: Cluster, file: Path) -> Path:
+    """Where Ray keeps Prometheus's targets: of a cluster that is up here, else where it is on a head."""
+    up = found(spec, file)
+    return Path(up.temp if up else "/tmp") / "ray" / "prom_metrics_service_discovery.json"  # noqa: S108  Ray's place
+
+
 def end(up: Up) -> None:
     processes = _processes(up)
     for process in processes:

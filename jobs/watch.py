@@ -25,6 +25,8 @@ from ..cluster.storage import write_bytes
 from .steps import FINITE, LOSS, MEMORY, NORM, OWN, RATE, ROWS, WAIT, Signals
 
 METRICS, STEPS, EVENTS, BOARD = "metrics.jsonl", "steps.jsonl", "events.jsonl", "tensorboard"
+OF_ALL = ("loss", "grad_norm", "learning_rate", "rows_per_second")
+"""What Prometheus gets of all ranks together."""
 EVERY_SECONDS = 0.5
 TAIL_BYTES = 64 << 10
 
@@ -75,11 +77,12 @@ class Watch:
             write_lines(folder / file, kept)
             for line in kept:
                 self._scalars(line, "epoch" if file == METRICS else "step")
-        names = ("loss", "grad_norm", "learning_rate", "rows_per_second", "input_wait", "step_seconds", "memory_mb")
+        names = ("step", "left", "anomalies", *OF_ALL, "input_wait", "step_seconds", "memory_mb")
         self._gauges = {
             n: Gauge(f"heliograph_train_{n}", f"{n} of the training, at its newest step", ("model", "rank")) for n in names
         }
         self._model = name
+        self._anomalies = sum(line["kind"] == "anomaly" for line in read_lines(folder / EVENTS))
 
     def see(self, step: int, epoch: int, signals: Signals) -> None:
         """A call that ended at `step`."""
@@ -120,6 +123,7 @@ class Watch:
             self._thread.submit(self._histogram, name, values, figures["step"])
 
     def event(self, step: int, kind: str, text: str) -> None:
+        self._anomalies += kind == "anomaly"
         line = {"time": round(time.time(), 3), "step": step, "kind": kind, "text": text}
         self._thread.submit(self._line, EVENTS, line, None)
 
@@ -175,7 +179,9 @@ class Watch:
 
     def _prometheus(self, line: dict) -> None:
         own = {"model": self._model, "rank": "all"}
-        for name in ("loss", "grad_norm", "learning_rate", "rows_per_second"):
+        for name, value in (("step", line["step"]), ("left", line["end"] - line["step"]), ("anomalies", self._anomalies)):
+            self._gauges[name].set(value, own)
+        for name in OF_ALL:
             if line[name] is not None:
                 self._gauges[name].set(line[name], own)
         for rank, ms in enumerate(line["compute_ms"]):
