@@ -1,8 +1,16 @@
 """Programs of the system that some tests need; `.ci/run` puts them into `.ci/tools`."""
 
+import contextlib
 import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from heliograph.cluster.runtime import free_port
 
 from .conftest import ROOT
 
@@ -13,3 +21,50 @@ def tool(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed: Debian has it in the package prometheus")
     return found
+
+
+class Prometheus:
+    def __init__(self, url: str):
+        self.url = url
+
+    def targets(self) -> dict[str, str]:
+        """URL to health."""
+        data = httpx.get(f"{self.url}/api/v1/targets").json()["data"]
+        return {target["scrapeUrl"]: target["health"] for target in data["activeTargets"]}
+
+    def value(self, query: str) -> float | None:
+        found = httpx.get(f"{self.url}/api/v1/query", params={"query": query}).json()["data"]["result"]
+        return float(found[0]["value"][1]) if found else None
+
+    def firing(self) -> set[str]:
+        alerts = httpx.get(f"{self.url}/api/v1/alerts").json()["data"]["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path) -> Iterator[Prometheus]:
+    """One that works by `folder/prometheus.yml`."""
+    port = free_port()
+    command = [tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}", f"--web.listen-address=127.0.0.1:{port}"]
+    with (folder / "prometheus.log").open("w") as log:
+        process = subprocess.Popen([*command, f"--storage.tsdb.path={folder / 'series'}"], stdout=log, stderr=log)
+    try:
+        made = Prometheus(f"http://127.0.0.1:{port}")
+        until(lambda: ready(made.url), "Prometheus")
+        yield made
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ready(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/-/ready").status_code == 200
+    return False
+
+
+def until(happened: Callable[[], Any], what: str, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"{what} did not happen in {seconds} s"
+        time.sleep(0.3)

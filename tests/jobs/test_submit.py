@@ -16,6 +16,7 @@ from heliograph.jobs.submit import Jobs, reach
 from heliograph.jobs.watch import EVENTS, STEPS, read_lines
 
 from ..conftest import iris_project
+from ..tools import prometheus, until
 from . import traced
 
 FILE = """\
@@ -54,13 +55,6 @@ def rehearsal(tmp_path_factory) -> Iterator[Rehearsal]:
     left = [p for p in psutil.process_iter(["cmdline"]) if up.temp in " ".join(p.info["cmdline"] or [])]
     assert left == []
     assert not Path(up.temp).exists()
-
-
-def until(happened, what: str, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, f"{what} did not happen in {seconds} s"
-        time.sleep(0.3)
 
 
 def test_a_run_takes_the_cluster_from_no_node_to_two_and_back_to_none(rehearsal, command, tmp_path):
@@ -141,7 +135,15 @@ def test_a_run_that_would_cost_too_much_is_stopped_with_a_checkpoint_and_goes_on
     (tmp_path / ".rehearsal").symlink_to(rehearsal.file.parent / ".rehearsal")
     until(lambda: rehearsal.nodes() == 0, "the end of idle nodes")
     folder = traced.project(tmp_path / "project", "1", epochs=400, pause=0.2, train="resources: {gpus: 1}")
-    code, output = command("submit", folder, "--cluster", file, "--name", "dear").finish()
+    code, output = command("cluster", "watch", file, "--out", tmp_path / "watching").finish()
+    assert code == 0, output
+    running = command("submit", folder, "--cluster", file, "--name", "dear")
+    with prometheus(tmp_path / "watching") as seen:
+        until(lambda: (seen.value("ray_heliograph_train_step") or 0) > 10, "steps that Prometheus sees", 120)
+        assert 0 < seen.value("ray_heliograph_run_dollars") < 0.16
+        assert seen.value('max(ray_heliograph_run_nodes{kind="gpu"})') >= 1
+        until(lambda: set(seen.targets().values()) == {"up"}, "targets that are all up")
+        code, output = running.finish()
     assert code == 2, output
     assert "limits.dollars_per_run of the cluster is $0.16: raise it, and the same command goes on" in output
     run = rehearsal.storage / "runs" / "dear"
