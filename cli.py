@@ -168,6 +168,7 @@ def plan(
     Example:  heliograph plan examples/digits --cluster gpus.yaml
     """
     import json
+    from dataclasses import asdict
 
     from .jobs.plan import lines
     from .jobs.plan import plan as make
@@ -176,7 +177,7 @@ def plan(
     file = _cluster_file(loaded, folder, cluster)
     made = make(loaded, file, _run_folder(folder, run))
     if as_json:
-        typer.echo(json.dumps(made.json()))
+        typer.echo(json.dumps(asdict(made)))
     else:
         for line in lines(made):
             typer.echo(line)
@@ -383,7 +384,7 @@ def cluster_down(file: ClusterArgument) -> None:
 
     described, capacity = spec.load(file)
     if described.provider != "local":
-        cloud.stop(described, file, capacity, typer.echo)
+        cloud.stop(described, file, typer.echo)
         return
     up = local.found(described, file)
     lines = _jobs(file, None).overview(described.name, capacity)[:2] if up else [f"{described.name}: was not up"]

@@ -33,7 +33,7 @@ def start(spec: Cluster, file: Path, capacity: Capacity, say: Callable[[str], No
     _run([*_ray(), "up", "-y", "--no-config-cache", str(made)], say)
 
 
-def stop(spec: Cluster, file: Path, capacity: Capacity, say: Callable[[str], None]) -> None:
+def stop(spec: Cluster, file: Path, say: Callable[[str], None]) -> None:
     """Raises ClusterError when the provider's tool fails, or something is left that costs money."""
     if spec.provider == "kuberay":
         _run(["kubectl", "delete", "raycluster", spec.name, "--ignore-not-found"], say)

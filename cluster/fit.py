@@ -7,7 +7,7 @@ what it launches. It also waits without a word for what can never be placed; her
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .spec import Capacity, Group
@@ -29,9 +29,8 @@ class Demand:
 class Fit:
     nodes: dict[str, int]
     """By the group's name, those that were there too."""
-    unplaced: int = 0
+    unplaced: int
     """Bundles that have no place."""
-    launched: dict[str, int] = field(default_factory=dict)
 
 
 def fit(capacity: Capacity, demands: Sequence[Demand], there: dict[str, int] | None = None) -> Fit:
@@ -83,7 +82,7 @@ def fit(capacity: Capacity, demands: Sequence[Demand], there: dict[str, int] | N
     reply: Any = ResourceDemandScheduler().schedule(request)
     launched = {launch.instance_type: launch.count for launch in reply.to_launch}
     unplaced = len(reply.infeasible_resource_requests) + sum(len(g.requests) for g in reply.infeasible_gang_resource_requests)
-    return Fit(dict(Counter(there) + Counter(launched)), unplaced, launched)
+    return Fit(dict(Counter(there) + Counter(launched)), unplaced)
 
 
 def most(capacity: Capacity, bundle: Bundle, wanted: int, strategy: str | None = None) -> int:

@@ -4,7 +4,7 @@ How long a stage takes is known from an earlier run of the project alone: a trai
 workers of the plan, everything else is taken as it was. Without one there is a price for the hour and none for the run.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,6 @@ class Plan:
     """What an earlier run really had: `cost.json`."""
     problems: tuple[str, ...]
     """What forbids the run: demands that cannot be placed, limits that it would pass."""
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan(project: Project, file: Path, run: Path) -> Plan:

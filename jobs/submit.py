@@ -6,6 +6,7 @@ project under the same name goes on where it was. What cannot be placed is refus
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import tempfile
@@ -29,6 +30,7 @@ LEFT_HERE = ("runs", "registry", "keys", "__pycache__", ".git", ".venv", "storag
 """Folders of a project that are not sent."""
 RAYS_OWN = re.compile(r"\S+ \S+\s+(INFO|WARNING) \S+\.py:\d+ -- |Running entrypoint for job ")
 """Lines of a job's log that are not the job's."""
+SECONDS_WITHOUT_AN_ANSWER = 120
 MOST_SENT_BYTES = 256 << 20
 
 
@@ -82,11 +84,16 @@ class Jobs:
     def follow(self, name: str, say: Callable[[str], None]) -> int:
         """Say what a job says, from its beginning, until it ends; its exit code. Raises ClusterError where there is none."""
         job = self._known(name).submission_id
-        shown = 0
+        shown, heard = 0, time.monotonic()
         while True:
-            status = self._client.get_job_info(job)
-            over = status.status.is_terminal()
-            text = self._client.get_job_logs(job)
+            try:
+                status, text = self._client.get_job_info(job), self._client.get_job_logs(job)
+            except Exception as error:  # a network or a head that is away for a while
+                if time.monotonic() - heard > SECONDS_WITHOUT_AN_ANSWER:
+                    raise ClusterError(f"{self.address}: does not answer any more ({_said(error)})") from None
+                time.sleep(1)
+                continue
+            over, heard = status.status.is_terminal(), time.monotonic()
             upto = len(text) if over else text.rfind("\n") + 1
             for line in text[shown:upto].splitlines():
                 if not RAYS_OWN.match(line):
@@ -94,7 +101,7 @@ class Jobs:
             shown = max(shown, upto)
             if over:
                 return _exit_code(status)
-            time.sleep(0.5)
+            time.sleep(0.5 + len(text) / 2e6)  # each answer holds the whole log
 
     def cancel(self, name: str) -> str:
         """Tell a job to save a checkpoint and end; what became of it."""
@@ -148,8 +155,8 @@ class Jobs:
 
 def entrypoint(folder: str, storage: str, name: str, tune: bool) -> str:
     """What a cluster is to do for a run. folder: of the project, there."""
-    what = f"tune {folder}" if tune else f"run {folder} --registry {storage}/registry"
-    return f"python -m heliograph {what} --run {storage}/runs/{name}"
+    what = ["tune", folder] if tune else ["run", folder, "--registry", f"{storage}/registry"]
+    return shlex.join(["python", "-m", "heliograph", *what, "--run", f"{storage}/runs/{name}"])
 
 
 def reach(spec: Cluster, file: Path, address: str | None, token: str | None) -> Jobs:
