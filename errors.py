@@ -12,6 +12,7 @@
     │   └── SignatureError          … or was changed, or signed by somebody else
     ├── RegistryError               a model or version that the registry does not have
     │   └── RolledBack              … or that did not prove itself in production
+    ├── StorageError                object storage cannot be reached, or refuses
     ├── RunError                    the run's folder is in use or holds something else
     ├── ClusterError                a cluster cannot be started, reached or asked for what it was
     ├── EndpointError               the endpoint cannot be started or reached
@@ -62,6 +63,9 @@ class RegistryError(HeliographError): ...
 
 
 class RolledBack(RegistryError): ...
+
+
+class StorageError(HeliographError): ...
 
 
 class RunError(HeliographError): ...

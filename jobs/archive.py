@@ -6,6 +6,7 @@ The plain files go when the sealed one is whole and was read back, and the seale
 again; whatever stops either in between, the same command goes on.
 """
 
+import logging
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..cluster.keys import KeyStore
+from ..cluster.mirror import stored
 from ..cluster.sealed import KEY_FILE, Seal, create, opened
 from ..cluster.storage import exclusive
 from ..errors import RunError
+
+log = logging.getLogger("heliograph")
 
 SEALED_RUN = "run.sealed"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -26,7 +30,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 def seal(folder: Path, keys: KeyStore, progress: Progress) -> str:
     """Put a run away; says what was done. Raises RunError when there is none, or it is in use."""
     _require(folder)
-    with exclusive(folder):
+    with exclusive(folder), stored(folder, log.warning):
         sealed, aside = folder / SEALED_RUN, folder / f".{SEALED_RUN}.part"
         if not sealed.exists():
             own = Seal.make(folder, keys)
@@ -55,7 +59,7 @@ def unseal(folder: Path, keys: KeyStore, progress: Progress) -> str:
     """Take a run out; says what was done. Raises RunError when none was put away, KeyStoreError, SealError."""
     _require(folder)
     sealed, aside = folder / SEALED_RUN, folder / ".unsealed.part"
-    with exclusive(folder):
+    with exclusive(folder), stored(folder, log.warning):
         if not sealed.exists():
             raise RunError(f"{folder}: has no {SEALED_RUN}: nothing was put away here")
         shutil.rmtree(aside, ignore_errors=True)

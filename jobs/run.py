@@ -13,6 +13,7 @@ from ..cluster import storage
 from ..cluster.audit import Audit
 from ..cluster.bill import Meter
 from ..cluster.keys import DATA_KEY, KeyStore, request_key
+from ..cluster.mirror import stored
 from ..cluster.runtime import JoinedCluster, LocalCluster, joined
 from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
 from ..cluster.spec import Capacity
@@ -31,6 +32,8 @@ from .queue import PLACE, QUEUE, Place, turn
 from .registry import Registry
 from .stages import Run, Stage
 from .train import Job, train
+
+log = logging.getLogger("heliograph")
 
 
 def key_store(project: Project, base: Path, folder: Path) -> KeyStore:
@@ -59,7 +62,13 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
         try:
             capacity = joined()
             here = JoinedCluster() if capacity else LocalCluster(workers, logs=folder / "ray-logs")
-            with here as cluster, display.open(), _at_its_turn(capacity, folder, display), _metered(capacity, folder):
+            with (
+                here as cluster,
+                display.open(),
+                _at_its_turn(capacity, folder, display),
+                _metered(capacity, folder),
+                stored(folder, display.say),
+            ):
                 yield Run(folder, cluster, display)
         except Exception:
             logging.getLogger("heliograph").exception("the run ended with an error")
@@ -110,7 +119,7 @@ def rotate_keys(project: Project, base: Path, folder: Path, retire: bool) -> str
     retire: then remove the older versions. Says what was done.
     """
     keys = key_store(project, base, folder)
-    with storage.exclusive(folder):
+    with storage.exclusive(folder), stored(folder, log.warning):
         _require_out(folder)
         version, sealed = keys.rotate(DATA_KEY), 0
         count = rotate_all(folder, keys)

@@ -5,6 +5,7 @@ project under the same name goes on where it was. What cannot be placed is refus
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -43,7 +44,8 @@ class Jobs:
         quieten()
         self.address, self._headers = address, {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            self._client = JobSubmissionClient(address, headers=self._headers)
+            with _unset("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would go before the address that is asked for
+                self._client = JobSubmissionClient(address, headers=self._headers)
         except Exception as error:
             raise ClusterError(f"{address}: cannot be reached as a Ray cluster ({_said(error)}): is it up?") from None
 
@@ -173,6 +175,15 @@ def reach(spec: Cluster, file: Path, address: str | None, token: str | None) -> 
     return Jobs(up.jobs, up.token)
 
 
+@contextmanager
+def _unset(*names: str) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
 def run_name(project: Project, given: str | None) -> str:
     """Raises ProjectError for a name that cannot be one."""
     name = given or project.name
@@ -197,7 +208,7 @@ def _shipped(folder: Path) -> Iterator[tuple[Path, Path]]:
         code.mkdir()
         for file in root.glob("*.py"):
             shutil.copyfile(file, code / file.name)
-        for room in ("cluster", "datasets", "jobs", "serve"):
+        for room in ("cluster", "commands", "datasets", "jobs", "serve"):
             shutil.copytree(root / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
         yield working, code
 

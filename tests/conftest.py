@@ -152,6 +152,33 @@ def report(digits: Path) -> dict:
     return json.loads((digits / "runs" / "default" / "report.json").read_text())
 
 
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Object storage that boto3 finds: a bucket `runs`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep what it found before
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="runs")
+    yield
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="runs")
+    for page in pages:  # another server of this process would have them still
+        for found in page.get("Contents", ()):
+            client.delete_object(Bucket="runs", Key=found["Key"])
+    server.stop()
+
+
 def set_port(folder: Path, port: int) -> None:
     file = folder / "heliograph.yaml"
     file.write_text(file.read_text().replace("port: 8000", f"port: {port}"))

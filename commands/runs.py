@@ -1,0 +1,106 @@
+"""Commands of a project: make one, check it, run it, search it."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import project
+from ..errors import ProjectError
+from . import Port, ProjectFolder, RunFolder, app, run_folder, with_port
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Write a project that runs: a heliograph.yaml and a model.py to change.
+
+    Example:  heliograph init my-project
+    """
+    if (folder / project.FILE).exists() or (folder / "model.py").exists():
+        raise ProjectError(f"{folder}: holds a project already: name another folder")
+    name = "".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "project"
+    template = Path(__file__).parent.parent / "examples" / "digits"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(template / "model.py", folder / "model.py")
+    text = (template / project.FILE).read_text().replace("name: digits\n", f"name: {name[:63]}\n")
+    (folder / project.FILE).write_text(text)
+    typer.echo(f"{folder}: a project that classifies handwritten digits; next: heliograph run {folder}")
+
+
+@app.command()
+def check(folder: ProjectFolder) -> None:
+    """Validate a project without starting anything: its file, its data's schema, its model on that schema.
+
+    Example:  heliograph check examples/digits
+    """
+    loaded = project.load(folder)
+    from ..jobs.check import check as check_project
+
+    for line in check_project(loaded, folder.resolve()):
+        typer.echo(line)
+
+
+@app.command()
+def run(
+    folder: ProjectFolder,
+    run: RunFolder = None,
+    port: Port = None,
+    registry: Annotated[Path | None, typer.Option(help="Publish the model here instead of the project's `registry`.")] = None,
+) -> None:
+    """Run a project: prepare, train, evaluate, bundle, then one sealed request to a real endpoint.
+
+    What is done is kept: the same command goes on where it was stopped, and a change reruns only what depends on it.
+
+    Example:  heliograph run examples/digits
+    """
+    loaded = with_port(project.load(folder), port)
+    if registry:
+        loaded = loaded.model_copy(update={"registry": str(registry.resolve())})
+    from ..cluster.runtime import joined
+    from ..jobs import report
+    from ..jobs.display import Display, stage_table
+    from ..jobs.run import execute, key_store, opened
+    from ..serve import first_request
+    from ..serve.access import require_role
+
+    require_role(key_store(loaded, folder.resolve(), run_folder(folder, run)), project.Verb.TRAIN, loaded.name)
+    display = Display()
+    with opened(run_folder(folder, run), loaded.train.processes, display) as current:
+        if not joined():
+            first_request.require_port(loaded, current)
+        version = execute(loaded, folder.resolve(), current)
+        if not joined():  # a cluster's own endpoints are for what it serves
+            first_request.execute(loaded, folder.resolve(), current)
+        result = report.write(loaded, current)
+    display.console.print(stage_table(result["stages"]))
+    for line in report.summary(result):
+        typer.echo(line)
+    typer.echo(f"model: {loaded.name}@{version} in {folder / loaded.registry}")
+    serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
+    typer.echo(f"report: {run_folder(folder, run) / 'report.html'}{serving}")
+
+
+@app.command()
+def tune(folder: ProjectFolder, run: RunFolder = None) -> None:
+    """Search the keys that the project's `tune.space` names: Bayesian by default, each trial a training.
+
+    What is done is kept: the same command goes on where it was stopped, and more `trials` add to those there are. The best
+    configuration is written as a project that `heliograph run` trains to the end.
+
+    Example:  heliograph tune examples/digits
+    """
+    loaded = project.load(folder)
+    from ..jobs.display import Display
+    from ..jobs.run import key_store, opened
+    from ..jobs.tune import space_of
+    from ..jobs.tune import tune as search
+    from ..serve.access import require_role
+
+    space_of(loaded)
+    held = run_folder(folder, run)
+    require_role(key_store(loaded, folder.resolve(), held), project.Verb.TRAIN, loaded.name)
+    with opened(held, loaded.train.processes, Display()) as current:
+        lines = search(loaded, folder.resolve(), current)
+    for line in lines:
+        typer.echo(line)

@@ -1,0 +1,237 @@
+"""Commands of models: serve them, put versions into production, ask them."""
+
+import contextlib
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import project
+from ..errors import RegistryError, RunError
+from . import Port, ProjectFolder, RunFolder, Trust, app, keys_of, run_folder, with_port
+
+
+@app.command()
+def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
+    """Serve the project's registry until Ctrl-C: TensorFlow Serving's REST, Open Inference Protocol, sealed.
+
+    The version in production answers (`heliograph deploy`), or the newest while none was deployed. Try it at /docs.
+
+    Example:  heliograph serve examples/digits --port 8000
+    """
+    loaded = with_port(project.load(folder), port)
+    from ..cluster.runtime import LocalCluster
+    from ..jobs.run import key_store, registry
+    from ..serve.endpoint import Endpoint, start
+
+    held, models = run_folder(folder, run), registry(loaded, folder.resolve())
+    if loaded.name not in models.names():
+        raise RunError(f"{models.folder}: has no {loaded.name} yet: run `heliograph run {folder}` first")
+    keys = key_store(loaded, folder.resolve(), held)
+    endpoint = Endpoint(loaded.name, models, keys, loaded.serve, held / "serve.log")
+    with LocalCluster(loaded.serve.most_replicas, logs=held / "ray-logs") as cluster:
+        typer.echo(f"starting {endpoint.url} (about 20 s)", err=True)
+        url = start(endpoint, cluster, typer.echo)
+        typer.echo(f"serving {loaded.name}@{models.resolve(loaded.name)} on {url}, see {url}/docs (Ctrl-C ends it)")
+        typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {endpoint.keys.public_key()}")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    typer.echo("stopped", err=True)
+
+
+@app.command()
+def relay(
+    to: Annotated[str, typer.Argument(help="The endpoint's URL, such as http://127.0.0.1:8000.")],
+    port: Annotated[int, typer.Option(help="Listen on this port.", min=1, max=65535)] = 8080,
+) -> None:
+    """Hand sealed requests on to an endpoint, so that it does not learn who asks; until Ctrl-C.
+
+    Clients take the relay's URL for the endpoint's. It reads no request, passes on no address and no header, and logs nothing.
+    Run it apart from the endpoint: who runs both sees both.
+
+    Example:  heliograph relay http://127.0.0.1:8000 --port 8080
+    """
+    from ..errors import EndpointError
+    from ..serve.endpoint import check_port
+    from ..serve.relay import run as relay_to
+
+    if not to.startswith(("http://", "https://")):
+        raise EndpointError(f"{to}: is no URL of an endpoint: write it with http:// or https://")
+    check_port(project.Serve(port=port))
+    typer.echo(f"relaying http://127.0.0.1:{port} to {to} (Ctrl-C ends it)")
+    with contextlib.suppress(KeyboardInterrupt):
+        relay_to(to, "127.0.0.1", port)
+    typer.echo("stopped", err=True)
+
+
+@app.command()
+def deploy(
+    model: Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its newest version.")],
+    project_folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {project.FILE}.")] = Path(),
+    percent: Annotated[float, typer.Option(help="Of the requests that the new version gets.", min=0.1, max=100)] = 10.0,
+    seconds: Annotated[float, typer.Option(help="It is judged for at least so long,", min=0)] = 60.0,
+    requests: Annotated[int, typer.Option(help="and by at least so many requests.", min=1)] = 100,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until the verdict (exit code 2: rolled back).")] = True,
+    run: RunFolder = None,
+    url: Annotated[str | None, typer.Option(help="Ask this endpoint to, with HELIOGRAPH_TOKEN; no project is needed.")] = None,
+    trust: Trust = None,
+) -> None:
+    """Put a version into production: a share of the requests first, all of them once it has proved itself.
+
+    It is rolled back when it cannot be loaded, fails more often or is slower than the version in production. With
+    --percent 100 it takes over at once. A running `heliograph serve` of the project does the work.
+
+    Example:  heliograph deploy digits@2 --project examples/digits --percent 20
+              heliograph deploy digits@2 --url https://models.example:8000 --trust signing.pub
+    """
+    from ..cluster.audit import Audit
+    from ..jobs.registry import State, parse
+    from ..serve import rollout
+
+    name, version = parse(model)
+    if url:
+        from ..serve.client import Client
+
+        with Client(url, name, trust=trust) as client:
+            begun = client.deploy(version=version, percent=percent, seconds=seconds, requests=requests)
+            rollout.follow(lambda: State.model_validate(client.rollout()), name, State.model_validate(begun), wait, typer.echo)
+        return
+    from ..jobs.run import key_store, registry
+    from ..serve.access import require_role
+
+    loaded = project.load(project_folder)
+    models = registry(loaded, project_folder.resolve())
+    keys = key_store(loaded, project_folder.resolve(), run_folder(project_folder, run))
+    who = require_role(keys, project.Verb.PROMOTE if percent >= 100 else project.Verb.DEPLOY, name)
+    version = version or max(models.versions(name), default=1)
+    state = rollout.begin(models, name, version, percent, seconds, requests)
+    Audit(keys).write("deploy", f"{name}@{version}", percent=percent, token=who)
+    rollout.follow(lambda: models.state(name), name, state, wait, typer.echo)
+
+
+models = typer.Typer(no_args_is_help=True, help="Look at a project's registry, move aliases, remove old versions.")
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def models_list(
+    folder: ProjectFolder, search: Annotated[str, typer.Option(help="Only lines with this text, such as `production`.")] = ""
+) -> None:
+    """Show every version of every model: when and from what it was made, how it did, which aliases name it.
+
+    Example:  heliograph models list examples/digits --search production
+    """
+    for name in (registry := registry_of(folder)).names():
+        for line in registry.describe(name):
+            if search in line:
+                typer.echo(line)
+
+
+@models.command("history")
+def models_history(folder: ProjectFolder, name: Annotated[str, typer.Argument(help="Of the model.")]) -> None:
+    """Show which alias named which version since when, the newest last.
+
+    Example:  heliograph models history examples/digits digits
+    """
+    for change in registry_of(folder).state(name).history:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(change.time))
+        typer.echo(f"{when}  {change.alias}: {name}@{change.before or '-'} -> {name}@{change.version}")
+
+
+@models.command("alias")
+def models_alias(
+    folder: ProjectFolder,
+    model: Annotated[str, typer.Argument(help="NAME@VERSION.")],
+    alias: Annotated[str, typer.Argument(help="Such as staging; `heliograph deploy` moves `production`.")],
+    run: RunFolder = None,
+) -> None:
+    """Let an alias name a version: requests may then ask for the alias (/v1/models/NAME/labels/ALIAS:predict).
+
+    Example:  heliograph models alias examples/digits digits@2 staging
+    """
+    from ..jobs.registry import ALIAS, PRODUCTION, parse
+    from ..serve.access import require_role
+
+    name, version = parse(model)
+    if alias == PRODUCTION or not re.fullmatch(ALIAS, alias) or version is None:
+        raise RegistryError(f"`{model} {alias}`: name NAME@VERSION and an alias; `production` is moved by `heliograph deploy`")
+    require_role(keys_of(folder, run), project.Verb.DEPLOY, name)
+    registry = registry_of(folder)
+    registry.bundle(name, version)
+    seen = registry.state(name)
+    registry.replace(name, seen, seen.moved(alias, version))
+    typer.echo(f"{alias} is {name}@{version} now")
+
+
+@models.command("collect")
+def models_collect(
+    folder: ProjectFolder,
+    keep: Annotated[int, typer.Option(help="The newest versions that stay in any case.", min=1)] = 5,
+    run: RunFolder = None,
+) -> None:
+    """Remove old versions; never one that an alias or a rollout names, or that an endpoint of this registry holds.
+
+    Example:  heliograph models collect examples/digits --keep 3
+    """
+    from ..serve.access import require_role
+
+    for name in (registry := registry_of(folder)).names():
+        require_role(keys_of(folder, run), project.Verb.PROMOTE, name)
+        removed = registry.collect(name, keep)
+        typer.echo(f"{name}: removed {', '.join(map(str, removed)) or 'nothing'}, {len(registry.versions(name))} versions stay")
+
+
+def registry_of(folder: Path) -> Any:
+    from ..jobs.run import registry
+
+    return registry(project.load(folder), folder.resolve())
+
+
+@app.command()
+def predict(
+    rows: Annotated[Path, typer.Argument(help=".json (or -), .jsonl, .csv or .parquet; columns as the source has them.")],
+    model: Annotated[str, typer.Option(help="The model: NAME, or NAME@VERSION.")],
+    url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
+    out: Annotated[Path | None, typer.Option(help="Write predictions to this .csv or .jsonl; run again to go on.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a request, of a file that is streamed.", min=1)] = 256,
+    trust: Trust = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Send in clear instead of sealed.")] = False,
+) -> None:
+    """Send rows to an endpoint, sealed so that only the model's replica can read them, and print a line for each.
+
+    A .jsonl, .csv or .parquet of any size is streamed; with --out what was answered is kept, and the same command goes on
+    where it was stopped.
+
+    Example:  heliograph predict rows.json --model digits --trust runs/default/keys/signing.pub
+    """
+    from ..jobs.registry import parse
+    from ..serve import bulk
+    from ..serve.client import Client
+
+    name, version = parse(model)
+    with Client(url, name, version=version, encrypt=not plain, trust=trust) as client:
+        bulk.predict(client, rows, out, batch)
+
+
+@app.command("predict-dataset")
+def predict_dataset(
+    folder: ProjectFolder,
+    source: Annotated[str, typer.Argument(help="Rows as data.source has them: a path, a glob, s3://…")],
+    out: Annotated[Path, typer.Argument(help="A folder for Parquet files: the rows, with predictions beside them.")],
+    run: RunFolder = None,
+    version: Annotated[int | None, typer.Option(help="Of the model (default: the one in production, or the newest).")] = None,
+) -> None:
+    """Predict a whole dataset with a model of the registry, across the cluster by Ray Data; no endpoint is needed.
+
+    What is done stays: the same command goes on where it was stopped.
+
+    Example:  heliograph predict-dataset examples/wine wine-2026.parquet predictions
+    """
+    loaded = project.load(folder)
+    from ..jobs.display import Display
+    from ..jobs.predict import predict_source
+
+    typer.echo(predict_source(loaded, folder.resolve(), run_folder(folder, run), source, out, version, Display()))
