@@ -125,16 +125,14 @@ def test_a_training_that_rolls_back_goes_on_from_before_with_a_smaller_rate(clus
 
 
 def test_errors_of_the_project_are_one_line(cluster, tmp_path):
-    for i, (given, said) in enumerate(
-        (
-            ("resources: {cpus: 500}", "train.workers is 1 with 500 CPU each"),
-            ("loss: binary_crossentropy", "train.loss: `binary_crossentropy` does not fit an output of shape (rows, 2)"),
-            ("metrics: [nonsense]", "train.metrics: `nonsense` is not a Keras metric"),
-            ("stop: {when: speed >= 3}", "train.stop.when: `speed` is not measured"),
-            ("schedule: {name: Cosine}", "train.schedule: no schedule `Cosine`"),
-        )
+    for given, said in (
+        ("resources: {cpus: 500}", "train.workers is 1 with 500 CPU each"),
+        ("loss: binary_crossentropy", "train.loss: `binary_crossentropy` does not fit an output of shape (rows, 2)"),
+        ("metrics: [nonsense]", "train.metrics: `nonsense` is not a Keras metric"),
+        ("stop: {when: speed >= 3}", "train.stop.when: `speed` is not measured"),
+        ("schedule: {name: Cosine}", "train.schedule: no schedule `Cosine`"),
     ):
-        project = traced.project(tmp_path / str(i), train=given)
+        project = traced.project(tmp_path / "project", train=given)
         with pytest.raises(Exception) as raised:
             run(job(project, tmp_path / "run"))
         from heliograph.cluster.runtime import explained

@@ -62,8 +62,7 @@ def project(
     folder: Path, workers: str = "1", epochs: int = 3, pause: float = 0.05, train: str = "", seconds: float = 0.3
 ) -> Path:
     """400 rows, about 20 steps an epoch. train: settings more; seconds: of a checkpoint."""
-    folder.mkdir(parents=True)
-    (folder / "traces").mkdir()
+    (folder / "traces").mkdir(parents=True, exist_ok=True)
     (folder / "model.py").write_text(MODEL)
     more = f"{train}, " if train else ""
     text = FILE.format(folder=folder / "traces", pause=pause, epochs=epochs, workers=workers, train=more, seconds=seconds)
