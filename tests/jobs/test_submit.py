@@ -91,6 +91,7 @@ def raylets() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.timeout(600)
 def test_a_run_survives_its_client_a_node_and_a_cancel_and_trains_each_row_once_an_epoch(rehearsal, command, tmp_path):
     folder = traced.project(tmp_path / "project", "2", epochs=6, pause=0.2, train="resources: {gpus: 1}")
     code, output = command("submit", folder, "--cluster", rehearsal.file, "--name", "long", "--no-wait").finish()
