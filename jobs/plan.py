@@ -69,7 +69,7 @@ def plan(project: Project, file: Path, run: Path) -> Plan:
         stages.append(StagePlan(stage.stage, stage.who, found.nodes, rate, hours.get(stage.stage), impossible, cheaper))
         up = found.nodes
     problems += _over(stages, spec.limits.dollars_per_hour)
-    run_stages = [s for s in stages if s.stage != "serve"]
+    run_stages = [s for s in stages if s.stage in ("prepare", "train")]
     costs = [s.dollars_per_hour * s.hours for s in run_stages if s.dollars_per_hour is not None and s.hours is not None]
     dollars = sum(costs) if len(costs) == len(run_stages) else None
     if dollars is not None and spec.limits.dollars_per_run and dollars > spec.limits.dollars_per_run:

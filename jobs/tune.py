@@ -28,6 +28,7 @@ from ..cluster.runtime import quieten
 from ..errors import ModelError, ProjectError
 from ..project import FILE, Project, Range, Tune
 from .course import falls
+from .demand import MOST_PARALLEL
 from .run import code_of, key_store, preparation
 from .search import SEARCHES, Config, Dimension, Space, expected_improvement
 from .stages import Run
@@ -36,7 +37,6 @@ from .worker import Job
 
 log = logging.getLogger("heliograph")
 SEARCHED = ("train.", "model.hp.", "data.augment.")
-MOST_PARALLEL = 4
 RETRIES = 1
 """Of a trial that fails."""
 
