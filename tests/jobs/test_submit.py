@@ -136,13 +136,15 @@ def test_a_run_that_would_cost_too_much_is_stopped_with_a_checkpoint_and_goes_on
     (tmp_path / ".rehearsal").symlink_to(rehearsal.file.parent / ".rehearsal")
     until(lambda: rehearsal.nodes() == 0, "the end of idle nodes")
     folder = traced.project(tmp_path / "project", "1", epochs=400, pause=0.2, train="resources: {gpus: 1}")
+    (folder / "heliograph.yaml").write_text((folder / "heliograph.yaml").read_text().replace("name: traced", "name: dear"))
     code, output = command("cluster", "watch", file, "--out", tmp_path / "watching").finish()
     assert code == 0, output
     running = command("submit", folder, "--cluster", file, "--name", "dear")
     with prometheus(tmp_path / "watching") as seen:
-        until(lambda: (seen.value("ray_heliograph_train_step") or 0) > 10, "steps that Prometheus sees", 120)
-        assert 0 < seen.value("ray_heliograph_run_dollars") < 0.16
-        assert seen.value('max(ray_heliograph_run_nodes{kind="gpu"})') >= 1
+        # Figures of the runs before are there still.
+        until(lambda: (seen.value('ray_heliograph_train_step{model="dear"}') or 0) > 10, "steps that Prometheus sees", 120)
+        until(lambda: 0 < (seen.value('ray_heliograph_run_dollars{run="dear"}') or 0) < 0.16, "what it cost so far")
+        assert seen.value('max(ray_heliograph_run_nodes{run="dear",kind="gpu"})') >= 1
         until(lambda: set(seen.targets().values()) == {"up"}, "targets that are all up")
         code, output = running.finish()
     assert code == 2, output
