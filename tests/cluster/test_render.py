@@ -1,14 +1,21 @@
 """A cluster file in its provider's words: checked by Ray's launcher, its AWS provider against moto, and KubeRay's schemas."""
 
+import contextlib
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import boto3
 import pytest
 import yaml
 from heliograph.cluster import cloud, render, spec
+from heliograph.cluster.runtime import free_port
 from heliograph.errors import ClusterError
 
+from ..tools import until
 from .test_spec import AWS, LOCAL, loaded
 
 KUBE = """\
@@ -28,21 +35,33 @@ idle_minutes: 2
 
 @pytest.fixture
 def aws(monkeypatch, tmp_path):
-    """A server that is AWS as far as Ray sees; keys and home of this test alone."""
-    from moto.server import ThreadedMotoServer
-
-    monkeypatch.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    """A server that is AWS as far as Ray sees; keys and home of this test alone. In a process of its own, since moto knows AWS's
+    policies only where it is told to before its first request."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    variables = os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}
+    server = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for name, value in (
+        ("HOME", str(tmp_path)),
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep what it found before
-    yield
-    server.stop()
+    try:
+        until(lambda: answers(port), "moto's server")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def test_rays_own_aws_code_starts_tags_and_ends_what_the_file_says(aws, tmp_path, monkeypatch):

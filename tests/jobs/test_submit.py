@@ -62,7 +62,13 @@ def test_a_run_takes_the_cluster_from_no_node_to_two_and_back_to_none(rehearsal,
     file = folder / "heliograph.yaml"
     file.write_text(file.read_text().replace("train: {", "train: {workers: 2, resources: {gpus: 1}, "))
     assert rehearsal.nodes() == 0
-    code, output = command("submit", folder, "--cluster", rehearsal.file).finish()
+    code, output = command("cluster", "watch", rehearsal.file, "--out", tmp_path / "watching").finish()
+    assert code == 0, output
+    running = command("submit", folder, "--cluster", rehearsal.file)
+    with prometheus(tmp_path / "watching") as seen:
+        up = ["up"] * 4  # the head, its autoscaler and its dashboard, and a node at least
+        until(lambda: [*seen.targets().values()][:4] == up and {*seen.targets().values()} == {"up"}, "targets that are all up")
+        code, output = running.finish()
     assert code == 0, output
     assert "train: done in" in output and f"model: iris@1 in {rehearsal.storage / 'registry'}" in output
     assert "INFO" not in output
@@ -145,7 +151,6 @@ def test_a_run_that_would_cost_too_much_is_stopped_with_a_checkpoint_and_goes_on
         until(lambda: (seen.value('ray_heliograph_train_step{model="dear"}') or 0) > 10, "steps that Prometheus sees", 150)
         until(lambda: 0 < (seen.value('ray_heliograph_run_dollars{run="dear"}') or 0) < 0.2, "what it cost so far")
         assert seen.value('max(ray_heliograph_run_nodes{run="dear",kind="gpu"})') >= 1
-        until(lambda: set(seen.targets().values()) == {"up"}, "targets that are all up")
         code, output = running.finish()
     assert code == 2, output
     assert "limits.dollars_per_run of the cluster is $0.20: raise it, and the same command goes on" in output
