@@ -134,6 +134,7 @@ def test_a_run_survives_its_client_a_node_and_a_cancel_and_trains_each_row_once_
     traced.check(folder, run / "prepare", run / "train")
 
 
+@pytest.mark.timeout(600)
 def test_a_run_that_would_cost_too_much_is_stopped_with_a_checkpoint_and_goes_on_when_more_is_allowed(
     rehearsal, command, tmp_path
 ):
