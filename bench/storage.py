@@ -57,7 +57,7 @@ def measure(folder: Path, repeats: int) -> None:
     ways: dict[str, Callable[[], object]] = {
         "ours up": lambda: bucket.upload(file, "ours"),
         "boto3 up": lambda: plain.upload_file(str(file), "bench", "boto3"),
-        "ours down": lambda: bucket.download("ours", back, BYTES, digest),
+        "ours down": lambda: bucket.download("ours", back, digest),
         "boto3 down": lambda: plain.download_file("bench", "boto3", str(back)),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -146,8 +146,8 @@ class Mirror:
                 told(done[0], total)
 
         def fetch(item: tuple[str, list[Any]]) -> None:
-            path, (digest, size) = item
-            self.bucket.download(f"objects/{digest}", self.folder / path, size, digest, count)
+            path, (digest, _) = item
+            self.bucket.download(f"objects/{digest}", self.folder / path, digest, count)
 
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(fetch, wanted.items()))

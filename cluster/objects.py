@@ -1,8 +1,8 @@
 """Object storage: a bucket of S3, or of anything that speaks its protocol (AWS_ENDPOINT_URL).
 
-Credentials, region and endpoint are those that boto3 finds. Large objects go in parts, several at a time, between file and
-socket: as fast as boto3's own transfer (`bench/storage.py`) and checked on the way, for the digest of a file is the SHA-256 of
-its parts' SHA-256s, and each thread computes its own part's. What fails for a moment is tried again after a random while.
+Credentials, region and endpoint are those that boto3 finds. Large objects go in parts, several at a time; the digest of a file is
+the SHA-256 of its parts' SHA-256s, which whoever sends computes on the way, and whoever fetches checks. Down it is boto3's own
+transfer: ranges in threads of ours took twice as long (`bench/storage.py`). What fails for a moment is tried again after a while.
 """
 
 import hashlib
@@ -128,26 +128,14 @@ class Bucket:
             self._explained(write)
         return hashlib.sha256(b"".join(digests[n] for n in sorted(digests))).hexdigest()
 
-    def download(self, key: str, file: Path, size: int, digest: str, told: Callable[[int], None] = lambda done: None) -> None:
+    def download(self, key: str, file: Path, digest: str, told: Callable[[int], None] = lambda done: None) -> None:
         """Into a file that is there whole or not at all. Raises StorageError when it is not what its digest says."""
         aside = file.with_name(f".{file.name}.{os.getpid()}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
-
-        def fetch(number: int) -> bytes:
-            begin = number * PART_BYTES
-            wanted = {"Range": f"bytes={begin}-{min(size, begin + PART_BYTES) - 1}"} if size > PART_BYTES else {}
-            content = self.client.get_object(Bucket=self.name, Key=self.prefix + key, **wanted)["Body"].read()
-            os.pwrite(out.fileno(), content, begin)
-            told(len(content))
-            return hashlib.sha256(content).digest()
-
-        def read() -> list[bytes]:
-            with ThreadPoolExecutor(THREADS) as threads:
-                return list(threads.map(fetch, range(max(1, -(-size // PART_BYTES)))))
-
         try:
-            with aside.open("wb") as out:
-                found = hashlib.sha256(b"".join(self._explained(read))).hexdigest()
+            self._explained(lambda: self.client.download_file(self.name, self.prefix + key, str(aside), Callback=told))
+            with aside.open("rb") as opened:
+                found = digest_of(opened)
             if found != digest:
                 raise StorageError(f"{self.url}/{key}: is not what was stored (its SHA-256 differs): restore it, or start anew")
             aside.replace(file)
