@@ -44,7 +44,7 @@ class Meter(threading.Thread):
         while not self._ended.wait(SECONDS_BETWEEN):
             now = time.monotonic()
             passed, before = now - before, now
-            with contextlib.suppress(Exception):  # a head that is away for a while; what passed meanwhile is counted after
+            with contextlib.suppress(Exception):  # a head that is away for a while
                 if ray.is_initialized():
                     self._count([n["Labels"].get(KIND, "head") for n in ray.nodes() if n["Alive"]], passed)
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from ..errors import ClusterError
 from .render import launcher, manifest, text
-from .spec import Capacity, Cluster
+from .spec import Capacity, Cluster, beside
 from .storage import write_bytes
 
 
 def start(spec: Cluster, file: Path, capacity: Capacity, say: Callable[[str], None]) -> None:
     """Raises ClusterError when the provider's tool is missing or fails."""
-    folder = file.resolve().parent / f".{spec.name}"
+    folder = beside(spec, file)
     if spec.provider == "kuberay":
         _run(["kubectl", "apply", "-f", "-"], say, text(manifest(spec, capacity)))
         return
@@ -38,7 +38,7 @@ def stop(spec: Cluster, file: Path, say: Callable[[str], None]) -> None:
     if spec.provider == "kuberay":
         _run(["kubectl", "delete", "raycluster", spec.name, "--ignore-not-found"], say)
         return
-    made = file.resolve().parent / f".{spec.name}" / "ray-up.yaml"
+    made = beside(spec, file) / "ray-up.yaml"
     if not made.exists():
         raise ClusterError(f"{file}: {spec.name} was not started from here: {made} is missing")
     _run([*_ray(), "down", "-y", str(made)], say)

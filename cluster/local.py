@@ -26,7 +26,7 @@ import yaml
 
 from ..errors import ClusterError
 from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port
-from .spec import SECONDS_TO_SAVE, Capacity, Cluster
+from .spec import SECONDS_TO_SAVE, Capacity, Cluster, beside
 from .storage import read_json, write_bytes
 
 HEAD_TYPE = "ray.head.default"
@@ -148,7 +148,7 @@ def _processes(up: Up) -> list[psutil.Process]:
 
 
 def _state(spec: Cluster, file: Path) -> Path:
-    return file.resolve().parent / f".{spec.name}" / "cluster.json"
+    return beside(spec, file) / "cluster.json"
 
 
 def _variables(temp: Path, token: str) -> dict[str, str]:

@@ -238,6 +238,11 @@ def load(file: Path) -> tuple[Cluster, Capacity]:
     return spec, Capacity(head, tuple(groups), spec.most_nodes, limits.dollars_per_run, limits.runs, limits.runs_per_user)
 
 
+def beside(spec: Cluster, file: Path) -> Path:
+    """The folder in which what is known of a cluster that was started lies."""
+    return file.resolve().parent / f".{spec.name}"
+
+
 def storage(spec: Cluster, file: Path) -> Path:
     """Where runs and the registry lie, on the nodes. Raises ProjectError for a folder that a cloud's nodes cannot share."""
     if spec.provider == "kuberay":

@@ -45,8 +45,7 @@ def plan(
     else:
         for line in lines(made):
             typer.echo(line)
-    if made.problems:
-        raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
+    _require_possible(made, file)
 
 
 Name = Annotated[str, typer.Argument(help="The run's name.")]
@@ -79,8 +78,7 @@ def submit(
     file, called = _cluster_file(loaded, folder, cluster), run_name(loaded, name)
     described, capacity = spec.load(file)
     made = make(loaded, file, run_folder(folder, None))
-    if made.problems:
-        raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
+    _require_possible(made, file)
     jobs = reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
     place = Place(called, getpass.getuser(), priority, time.time())
     jobs.submit(loaded, folder.resolve(), capacity, spec.storage(described, file), place, tune)
@@ -105,6 +103,11 @@ def cancel(name: Name, cluster: Annotated[Path, typer.Option(help="The cluster f
     Example:  heliograph cancel digits-1 --cluster gpus.yaml
     """
     typer.echo(_jobs(cluster, address).cancel(name))
+
+
+def _require_possible(made: Any, file: Path) -> None:
+    if made.problems:
+        raise ProjectError("\n".join(f"{file}: {problem}" for problem in made.problems))
 
 
 def _jobs(file: Path, address: str | None) -> Any:
@@ -191,7 +194,7 @@ def cluster_render(
             made = render.manifest(described, capacity)
         typer.echo(render.text(made), nl=False)
     else:
-        token = file.resolve().parent / f".{described.name}" / "auth_token"
+        token = spec.beside(described, file) / "auth_token"
         typer.echo(render.text(render.launcher(described, capacity, token)), nl=False)
 
 

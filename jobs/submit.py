@@ -51,7 +51,7 @@ class Jobs:
 
     def latest(self, name: str) -> Any:
         """Ray's details of the last job that a run had; None where it had none."""
-        return next((job for job in reversed(self.all()) if (job.metadata or {}).get("run") == name), None)
+        return next((job for job in reversed(self.all()) if _run_of(job) == name), None)
 
     def all(self) -> list[Any]:
         """Ray's details of all jobs that were submitted, the oldest first. Raises ClusterError where nobody answers."""
@@ -70,7 +70,7 @@ class Jobs:
             raise ProjectError(
                 f"{folder / FILE}: keys: `{project.keys}` stays here: name a folder that all nodes have, from / on"
             )
-        attempts = sum((job.metadata or {}).get("run") == name for job in self.all())
+        attempts = sum(_run_of(job) == name for job in self.all())
         with _shipped(folder) as (working, code):
             self._client.submit_job(
                 submission_id=f"{name}.{attempts + 1}",
@@ -133,7 +133,7 @@ class Jobs:
         out = [f"{name}: the head and {', '.join(workers)}; {gpus:g} GPUs", f"cost: {cost}"]
         for job in self.all():
             took = ((job.end_time or 1000 * now) - (job.start_time or 1000 * now)) / 1000
-            out.append(f"{(job.metadata or {}).get('run', job.submission_id)}: {job.status.value.lower()}, {took:.0f} s")
+            out.append(f"{_run_of(job) or job.submission_id}: {job.status.value.lower()}, {took:.0f} s")
         return out
 
     def _nodes(self) -> list[tuple[str, float, float]]:
@@ -150,7 +150,7 @@ class Jobs:
     def _known(self, name: str) -> Any:
         known = self.latest(name)
         if known is None:
-            names = ", ".join(dict.fromkeys((job.metadata or {}).get("run", "") for job in self.all()))
+            names = ", ".join(dict.fromkeys(_run_of(job) for job in self.all()))
             raise ClusterError(f"{name}: no such run on {self.address}: {f'it knows {names}' if names else 'it had none yet'}")
         return known
 
@@ -211,6 +211,11 @@ def _shipped(folder: Path) -> Iterator[tuple[Path, Path]]:
         for room in ("cluster", "commands", "datasets", "jobs", "serve"):
             shutil.copytree(root / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
         yield working, code
+
+
+def _run_of(job: Any) -> str:
+    """The run that a job is of; empty where heliograph did not submit it."""
+    return (job.metadata or {}).get("run", "")
 
 
 def _exit_code(status: Any) -> int:

@@ -152,6 +152,20 @@ def report(digits: Path) -> dict:
     return json.loads((digits / "runs" / "default" / "report.json").read_text())
 
 
+def aws_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let boto3 find AWS at a server of the test's."""
+    import boto3
+
+    for name, value in (
+        ("AWS_ENDPOINT_URL", url),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep what it found before
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Object storage that boto3 finds: a bucket `runs`."""
@@ -161,14 +175,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep what it found before
+    aws_at(f"http://{host}:{port}", monkeypatch)
     client = boto3.client("s3")
     client.create_bucket(Bucket="runs")
     yield

@@ -15,6 +15,7 @@ from heliograph.cluster import cloud, render, spec
 from heliograph.cluster.runtime import free_port
 from heliograph.errors import ClusterError
 
+from ..conftest import aws_at
 from ..tools import until
 from .test_spec import AWS, LOCAL, loaded
 
@@ -41,15 +42,8 @@ def aws(monkeypatch, tmp_path):
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     variables = os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}
     server = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for name, value in (
-        ("HOME", str(tmp_path)),
-        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep what it found before
+    monkeypatch.setenv("HOME", str(tmp_path))
+    aws_at(f"http://127.0.0.1:{port}", monkeypatch)
     try:
         until(lambda: answers(port), "moto's server")
         yield
