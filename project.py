@@ -582,7 +582,7 @@ class Project(Section):
     cluster: str | None = None
     """A cluster file, relative to the project, for `heliograph plan` and `heliograph submit`."""
     registry: str = "registry"
-    """A folder of bundles by name and version, relative to the project."""
+    """Bundles by name and version: a folder, relative to the project, or `s3://BUCKET/FOLDER`."""
 
     @model_validator(mode="after")
     def _workers_have_shards(self):

@@ -46,7 +46,7 @@ def run(
     folder: ProjectFolder,
     run: RunFolder = None,
     port: Port = None,
-    registry: Annotated[Path | None, typer.Option(help="Publish the model here instead of the project's `registry`.")] = None,
+    registry: Annotated[str | None, typer.Option(help="Publish the model here instead of the project's `registry`.")] = None,
 ) -> None:
     """Run a project: prepare, train, evaluate, bundle, then one sealed request to a real endpoint.
 
@@ -54,9 +54,11 @@ def run(
 
     Example:  heliograph run examples/digits
     """
+    from ..jobs.registry import registry_at
+
     loaded = with_port(project.load(folder), port)
     if registry:
-        loaded = loaded.model_copy(update={"registry": str(registry.resolve())})
+        loaded = loaded.model_copy(update={"registry": str(registry_at(registry, Path.cwd()))})
     from ..cluster.runtime import joined
     from ..jobs import report
     from ..jobs.display import Display, stage_table
@@ -76,7 +78,8 @@ def run(
     display.console.print(stage_table(result["stages"]))
     for line in report.summary(result):
         typer.echo(line)
-    typer.echo(f"model: {loaded.name}@{version} in {folder / loaded.registry}")
+    models = loaded.registry if "://" in loaded.registry else folder / loaded.registry
+    typer.echo(f"model: {loaded.name}@{version} in {models}")
     serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
     typer.echo(f"report: {run_folder(folder, run) / 'report.html'}{serving}")
 

@@ -29,7 +29,7 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> No
 
     held, models = run_folder(folder, run), registry(loaded, folder.resolve())
     if loaded.name not in models.names():
-        raise RunError(f"{models.folder}: has no {loaded.name} yet: run `heliograph run {folder}` first")
+        raise RunError(f"{models}: has no {loaded.name} yet: run `heliograph run {folder}` first")
     keys = key_store(loaded, folder.resolve(), held)
     endpoint = Endpoint(loaded.name, models, keys, loaded.serve, held / "serve.log")
     with LocalCluster(loaded.serve.most_replicas, logs=held / "ray-logs") as cluster:

@@ -1,4 +1,4 @@
-"""The registry: names → versions → aliases of bundles, in a folder.
+"""The registry: names → versions → aliases of bundles, in a folder (in object storage: `bucket_registry`).
 
     REGISTRY/NAME/3/           a bundle, as it was signed
     REGISTRY/NAME/state.json   which version is asked for by which alias, who moved it when, and the rollout that is under way
@@ -16,12 +16,15 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from ..cluster.sealed import KEY_FILE
+from ..cluster.keys import KeyStore
+from ..cluster.objects import SCHEME
+from ..cluster.sealed import KEY_FILE, rewrap_all
 from ..cluster.storage import publish_folder, read_json, write_json
 from ..errors import RegistryError
 from ..project import NAME
@@ -69,6 +72,12 @@ class State(BaseModel):
     history: tuple[Change, ...] = ()
     """Oldest first."""
 
+    @property
+    def named(self) -> set[int]:
+        """Versions that are asked for: they must stay."""
+        rolling = {self.rollout.version} if self.rollout and self.rollout.active else set()
+        return {*self.aliases.values(), *rolling}
+
     def moved(self, alias: str, version: int) -> "State":
         before = self.aliases.get(alias)
         if before == version:
@@ -77,9 +86,38 @@ class State(BaseModel):
         return self.model_copy(update={"aliases": {**self.aliases, alias: version}, "history": history[-MOST_HISTORY:]})
 
 
+class Held(Protocol):
+    """A version that is kept from being collected until this is closed."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is told of a version."""
+
+    made: float
+    """Seconds since 1970."""
+    note: dict[str, Any]
+    """What `bundle.json` says."""
+    test: dict[str, Any]
+    """Of the test split; empty where the bundle is sealed."""
+
+    @classmethod
+    def of(cls, bundle: Path) -> "Facts":
+        test = {} if (bundle / KEY_FILE).exists() else read_json(bundle / "metrics.json")
+        return cls((bundle / SIGNATURE).stat().st_mtime, read_json(bundle / "bundle.json"), test)
+
+
 class Registry:
+    seconds = 0.5
+    """Between two looks of those who follow it."""
+
     def __init__(self, folder: Path):
         self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
 
     def names(self) -> list[str]:
         return sorted(p.name for p in self.folder.glob("*") if re.fullmatch(NAME, p.name) and self.versions(p.name))
@@ -89,12 +127,10 @@ class Registry:
         return sorted(int(p.name) for p in (self.folder / name).glob("[0-9]*") if p.name.isdigit())
 
     def bundle(self, name: str, version: int) -> Path:
-        """Raises RegistryError when there is none."""
+        """A folder with a version. Raises RegistryError when there is none."""
         folder = self.folder / name / str(version)
         if not folder.is_dir():
-            known = self.versions(name)
-            have = f"it has {', '.join(map(str, known))}" if known else f"it knows {', '.join(self.names()) or 'no model yet'}"
-            raise RegistryError(f"{self.folder}: has no {name}@{version}: {have}")
+            raise self.missing(name, version)
         return folder
 
     def add(self, name: str, bundle: Path) -> int:
@@ -116,13 +152,17 @@ class Registry:
         except FileNotFoundError:
             return State()
         except ValueError as error:
-            raise RegistryError(f"{file}: is damaged ({type(error).__name__}): deploy a version anew") from None
+            raise damaged(str(file), error) from None
 
     def replace(self, name: str, seen: State, state: State) -> None:
-        """Put a state in the place of the one that was `seen`. Raises RegistryError when that is no longer the model's."""
+        """Put a state in the place of the one that was `seen`.
+
+        Raises RegistryError when that is no longer the model's, or a version is not there that the new one names."""
         with self._locked(name):
             if self.state(name) != seen:
-                raise RegistryError(f"{name}: somebody else changed its aliases or its rollout meanwhile: look, and try again")
+                raise raced(name)
+            for version in (state.named - seen.named) - set(self.versions(name)):
+                raise self.missing(name, version)
             write_json(self.folder / name / "state.json", state.model_dump())
 
     def resolve(self, name: str, state: State | None = None) -> int:
@@ -131,10 +171,10 @@ class Registry:
         Raises RegistryError."""
         found = (state or self.state(name)).aliases.get(PRODUCTION) or max(self.versions(name), default=None)
         if found is None:
-            raise RegistryError(f"{self.folder}: has no {name} yet")
+            raise RegistryError(f"{self}: has no {name} yet")
         return found
 
-    def hold(self, name: str, version: int) -> IO[bytes] | None:
+    def hold(self, name: str, version: int) -> Held | None:
         """Keep a version from being collected until what is returned is closed, or this process ends.
 
         None where the registry cannot be written: then nobody here collects."""
@@ -150,8 +190,7 @@ class Registry:
         endpoint holds. Returns what was removed."""
         removed = []
         with self._locked(name):
-            state = self.state(name)
-            named = {*state.aliases.values(), *([state.rollout.version] if state.rollout and state.rollout.active else [])}
+            named = self.state(name).named
             for version in self.versions(name)[: -max(1, keep)]:
                 if version in named or not self._unused(name, version):
                     continue
@@ -166,19 +205,29 @@ class Registry:
         """A line for each version, the newest first: aliases, when it was made, from what, and how it did on the test split."""
         state, out = self.state(name), []
         for version in reversed(self.versions(name)):
-            folder = self.folder / name / str(version)
-            note = read_json(folder / "bundle.json")
+            facts = self.facts(name, version)
             aliases = [alias for alias, of in sorted(state.aliases.items()) if of == version]
             if state.rollout and state.rollout.active and state.rollout.version == version:
                 aliases.append(f"rollout {state.rollout.percent:g} %")
-            made = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / SIGNATURE).stat().st_mtime))
-            test = {} if (folder / KEY_FILE).exists() else read_json(folder / "metrics.json")
-            figures = [f"{k} {test[k]:.4f}" for k in ("accuracy", "rmse") if test.get(k) is not None]
-            lineage = note.get("lineage", {})
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.made))
+            figures = [f"{k} {facts.test[k]:.4f}" for k in ("accuracy", "rmse") if facts.test.get(k) is not None]
+            lineage = facts.note.get("lineage", {})
             origin = [f"from {lineage['source']}"] if "source" in lineage else []
             origin += [f"{k} {str(lineage[k])[:12]}" for k in ("data", "code", "configuration") if k in lineage]
             out.append("  ".join([f"{name}@{version}", made, *figures, *origin, *(f"[{a}]" for a in aliases)]))
         return out
+
+    def facts(self, name: str, version: int) -> Facts:
+        return Facts.of(self.bundle(name, version))
+
+    def rewrap(self, name: str, keys: KeyStore) -> int:
+        """Wrap the keys of a model's sealed versions with the newest key; how many there are."""
+        return rewrap_all(self.folder / name, keys)
+
+    def missing(self, name: str, version: int) -> RegistryError:
+        known = self.versions(name)
+        have = f"it has {', '.join(map(str, known))}" if known else f"it knows {', '.join(self.names()) or 'no model yet'}"
+        return RegistryError(f"{self}: has no {name}@{version}: {have}")
 
     def _use_file(self, name: str, version: int) -> Path:
         return self.folder / name / f".{version}.used"
@@ -200,6 +249,23 @@ class Registry:
         with (self.folder / name / ".lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def registry_at(place: str, base: Path) -> Registry:
+    """In the folder `place`, relative to `base`, or in object storage (`s3://BUCKET/FOLDER`). Raises StorageError."""
+    if place.startswith(SCHEME):
+        from .bucket_registry import BucketRegistry
+
+        return BucketRegistry(place)
+    return Registry((base / Path(place).expanduser()).resolve())
+
+
+def raced(name: str) -> RegistryError:
+    return RegistryError(f"{name}: somebody else changed its aliases or its rollout meanwhile: look, and try again")
+
+
+def damaged(place: str, error: ValueError) -> RegistryError:
+    return RegistryError(f"{place}: is damaged ({type(error).__name__}): deploy a version anew")
 
 
 def parse(text: str) -> tuple[str, int | None]:

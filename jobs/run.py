@@ -29,7 +29,7 @@ from .engine import FILES
 from .evaluate import evaluate
 from .prepare import prepare
 from .queue import PLACE, QUEUE, Place, turn
-from .registry import Registry
+from .registry import Registry, registry_at
 from .stages import Run, Stage
 from .train import Job, train
 
@@ -42,8 +42,8 @@ def key_store(project: Project, base: Path, folder: Path) -> KeyStore:
 
 
 def registry(project: Project, base: Path) -> Registry:
-    """The project's registry: `registry` of the project file, relative to it."""
-    return Registry((base / Path(project.registry).expanduser()).resolve())
+    """The project's registry: `registry` of the project file, relative to it. Raises StorageError."""
+    return registry_at(project.registry, base)
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def rotate_keys(project: Project, base: Path, folder: Path, retire: bool) -> str
         removed = keys.retire(DATA_KEY) if retire else 0
         if keys.versions(SEALED_KEY):
             keys.rotate(SEALED_KEY)
-            sealed = rewrap_all(folder, keys) + rewrap_all(registry(project, base).folder / project.name, keys)
+            sealed = rewrap_all(folder, keys) + registry(project, base).rewrap(project.name, keys)
             removed += keys.retire(SEALED_KEY) if retire else 0
         Audit(keys).write("rotate", f"{DATA_KEY}-{version}", removed=removed)
         for aside in folder.glob(".work/*/rows") if retire else ():

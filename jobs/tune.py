@@ -29,7 +29,7 @@ from ..errors import ModelError, ProjectError
 from ..project import FILE, Project, Range, Tune
 from .course import falls
 from .demand import MOST_PARALLEL
-from .run import code_of, key_store, preparation
+from .run import code_of, key_store, preparation, registry
 from .search import SEARCHES, Config, Dimension, Space, expected_improvement
 from .stages import Run
 from .watch import read_lines
@@ -318,7 +318,7 @@ def _write_best(project: Project, base: Path, run: Run, folder: Path, config: Co
     if "://" not in source and not re.fullmatch(r"\w+:\w+", source):
         value["data"]["source"] = str((base / Path(source).expanduser()).resolve())
     value["keys"] = str(key_store(project, base, run.folder).folder)
-    value["registry"] = str((base / Path(project.registry).expanduser()).resolve())
+    value["registry"] = str(registry(project, base))
     folder.mkdir(parents=True, exist_ok=True)
     for file in base.glob("*.py"):
         shutil.copyfile(file, folder / file.name)

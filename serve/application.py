@@ -250,7 +250,9 @@ class Application:
         self._let_in(request, Verb.PROMOTE if wanted.percent >= 100 else Verb.DEPLOY, target.name, seen)
         version = wanted.version or max(self.models.versions(target.name))
         try:
-            state = begin(self.models.registry, target.name, version, wanted.percent, wanted.seconds, wanted.requests)
+            state = await asyncio.to_thread(
+                begin, self.models.registry, target.name, version, wanted.percent, wanted.seconds, wanted.requests
+            )
         except RegistryError as error:
             raise RequestError(str(error), 409) from None
         audit = Audit(self.models.keys)
@@ -266,7 +268,7 @@ class Application:
             return Answer(200, ohttp.KEYS_TYPE, configs, headers)
         versions = self.models.versions(target.name)
         if target.part == "rollout":
-            return json_answer(200, self.models.registry.state(target.name).model_dump())
+            return json_answer(200, (await asyncio.to_thread(self.models.registry.state, target.name)).model_dump())
         if target.part == "ready":
             place_ready = versions.get(target.version) == "AVAILABLE" if target.version else self.models.ready
             return json_answer(200 if place_ready else 503, {"name": target.name, "ready": place_ready})

@@ -26,13 +26,13 @@ from ..cluster.runtime import LOOPBACK, LocalCluster, quieten
 from ..cluster.storage import write_json
 from ..cluster.tls import endpoint_pem
 from ..errors import EndpointError, PortInUse
-from ..jobs.registry import Registry
+from ..jobs.registry import Registry, registry_at
 from ..project import Serve
 from .application import Application
 from .door import Door
 from .front import Front
 from .metrics import PUSH_SECONDS, TALLY, Stats, Tally
-from .models import FOLLOW_SECONDS, Models
+from .models import Models
 from .rollout import Judge
 
 log = logging.getLogger("heliograph")
@@ -101,14 +101,14 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
 
 def build(arguments: dict[str, Any]) -> Any:
     """The application for a cluster that others keep (KubeRay's `RayService`), from its configuration's `args`: name, registry,
-    keys (folders that all nodes have) and serve, as in a project file."""
+    keys (places that all nodes have) and serve, as in a project file."""
     import ray
 
     ray.remote(Tally).options(name=TALLY, num_cpus=0, max_restarts=-1, get_if_exists=True, lifetime="detached").remote()
     return _bound(
         Endpoint(
             arguments["name"],
-            Registry(Path(arguments["registry"])),
+            registry_at(arguments["registry"], Path()),
             KeyStore(Path(arguments["keys"])),
             Serve.model_validate_json(json.dumps(arguments["serve"])),
         )
@@ -198,7 +198,7 @@ class Replica:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(FOLLOW_SECONDS)
+            await asyncio.sleep(self._models.registry.seconds)
             try:
                 await self._models.follow()
             except Exception:

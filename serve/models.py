@@ -12,7 +12,6 @@ import random
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from ..datasets.schema import Columns
 from ..errors import HeliographError, RequestError
 from ..jobs import bundle
 from ..jobs.engine import Engine
-from ..jobs.registry import PRODUCTION, Registry, State
+from ..jobs.registry import PRODUCTION, Held, Registry, State
 from ..project import Serve
 from .batching import Batcher
 from .door import Door
@@ -29,7 +28,6 @@ from .messages import Identity
 from .metrics import Stats
 
 log = logging.getLogger("heliograph")
-FOLLOW_SECONDS = 0.5
 RETRY_SECONDS = 30.0
 """After which a version that could not be loaded is tried again."""
 Place = tuple[str, int]
@@ -45,7 +43,7 @@ class NotLoaded(Exception):
 class Loaded:
     """One version of one model, ready to answer. Raises SignatureError, BundleError, KeyStoreError."""
 
-    held: IO[bytes] | None = None
+    held: Held | None = None
     """Keeps the version in the registry."""
 
     def __init__(self, folder: Path, name: str, version: int, keys: KeyStore, options: Serve, threads: int, stats: Stats):
@@ -179,18 +177,23 @@ class Models:
         """Look once whether the registry or the key store says something new, and do it."""
         for door in self._doors.values():
             door.look()
-        for name in self.registry.names():
-            try:
-                state = self.registry.state(name)
-                wanted = self.registry.resolve(name, state)
-            except HeliographError as error:
-                log.error("%s", error)
-                continue
+        for name, state, wanted in await asyncio.to_thread(self._look):
             if await self._try((name, wanted)):
                 self._default[name] = wanted
             self.states[name] = state
             if state.rollout and state.rollout.active:
                 await self._try((name, state.rollout.version))
+
+    def _look(self) -> list[tuple[str, State, int]]:
+        """(name, state, version that answers) of each model."""
+        out = []
+        for name in self.registry.names():
+            try:
+                state = self.registry.state(name)
+                out.append((name, state, self.registry.resolve(name, state)))
+            except HeliographError as error:
+                log.error("%s", error)
+        return out
 
     async def _try(self, place: Place) -> bool:
         if place in self._loaded:

@@ -67,7 +67,7 @@ def follow(look: Callable[[], State], name: str, state: State, wait: bool, say: 
     assert rollout is not None
     known = f"{name}@{rollout.version}"
     if rollout.verdict:
-        say(f"{known} is in production: a running endpoint follows within a second")
+        say(f"{known} is in production: a running endpoint follows within seconds")
         return
     say(f"{known} gets {rollout.percent:g} % of the requests beside {name}@{state.aliases[PRODUCTION]}")
     while wait:
@@ -112,7 +112,7 @@ class Judge(threading.Thread):
         import ray
 
         while ray.is_initialized():
-            time.sleep(LOOK_SECONDS)
+            time.sleep(max(LOOK_SECONDS, self._registry.seconds))
             try:
                 for name in self._registry.names():
                     self._look(name)
