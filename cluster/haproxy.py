@@ -44,6 +44,8 @@ RAYS_OWN = re.compile(r"^(?:\s*stats socket .*\n|(?:frontend prometheus|listen s
 FRONTEND = re.compile(r"(?<=^frontend http_frontend\n    bind )([\d.]+):(\d+)( ssl .*)?$", re.MULTILINE)
 ADMIN = re.compile(r"^\s*stats socket (\S+)", re.MULTILINE)
 ROUTE = re.compile(r"^\s*use_backend ", re.MULTILINE)
+SHARED = os.environ.get("SERVE_SOCKET_REUSE_PORT_ENABLED") == "1"
+"""Whether the HAProxies of several nodes listen on one port."""
 PR_SET_PDEATHSIG = 1
 ORDERLY_SECONDS = 2.0
 """An actor that ends so soon after its HAProxy was ending it; Ray needs longer to give up one whose HAProxy is missing."""
@@ -76,7 +78,7 @@ def main() -> None:
         bridge = config.with_suffix(".bridge.pid")
         if bridge.exists() and ROUTE.search(text):
             args += ["-sf", bridge.read_text()]
-        elif bridge.exists():  # it knows no replicas yet, and would answer that there is nothing
+        elif bridge.exists() or (SHARED and not ROUTE.search(text)):  # it knows no replicas yet, and would answer that none is
             text = FRONTEND.sub(f"abns@heliograph-{os.getpid()}", text)
         config.write_text(text)
         proxy, actor = os.getpid(), os.getppid()

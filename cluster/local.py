@@ -4,7 +4,8 @@ The head and Ray's own autoscaler run here as they would in a cloud, and start n
 cluster file says (logical ones: nothing checks that they are there). All of it listens on 127.0.0.1 alone.
 
 What is known of a cluster that is up lies beside its file, in `.NAME/`: the pid of its head, its addresses, its token (for its
-owner's eyes alone).
+owner's eyes alone). Where the cluster file names a Redis, a head that was lost is started again in its place, and finds its nodes
+and endpoints as they are.
 """
 
 import contextlib
@@ -26,12 +27,11 @@ import yaml
 
 from ..errors import ClusterError
 from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port
-from .spec import SECONDS_TO_SAVE, Capacity, Cluster, beside
+from .spec import SECONDS_TO_SAVE, Capacity, Cluster, beside, fault_tolerance
 from .storage import read_json, write_bytes
 
 HEAD_TYPE = "ray.head.default"
-HEAD_ID = "f" * 51 + "00000"
-"""The names that Ray's fake provider knows."""
+"""The name that Ray's fake provider knows."""
 SECONDS_TO_START = 120
 
 
@@ -55,25 +55,30 @@ class Up:
 
 def found(spec: Cluster, file: Path) -> Up | None:
     """The cluster of a file, if it is up."""
-    try:
-        up = Up(**read_json(_state(spec, file)))
-    except (OSError, ValueError, TypeError):
-        return None
-    return up if up.alive else None
+    up = _known(_state(spec, file))
+    return up if up and up.alive else None
 
 
 def start(spec: Cluster, file: Path, capacity: Capacity, update: Callable[[str], None]) -> Up:
-    """Start the head; nodes follow by themselves when there is work for them.
+    """Start the head, or start it again where it was lost; nodes follow by themselves when there is work for them.
 
     Raises ClusterError when it is up already, or does not come up."""
     state = _state(spec, file)
-    if found(spec, file):
+    lost = _known(state)
+    if lost and lost.alive:
         raise ClusterError(f"{file}: {spec.name} is up already: `heliograph cluster status {file}` shows it")
+    if lost and not spec.redis:
+        end(lost)  # its nodes have nothing to come back to
+        lost = None
     state.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{spec.name[:8]}-", dir=TEMP))
-    gcs, dashboard = free_port(), free_port()
-    (temp / "autoscaling.yaml").write_text(yaml.safe_dump(_autoscaling(spec, capacity, gcs)))
-    token = secrets.token_hex(32)
+    if lost:
+        temp, gcs, dashboard, token, since = Path(lost.temp), _port(lost.gcs), _port(lost.jobs), lost.token, lost.since
+        (temp / "ray" / "ray_current_cluster").unlink(missing_ok=True)  # Ray would take its nodes for itself
+    else:
+        temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{spec.name[:8]}-", dir=TEMP))
+        gcs, dashboard, token, since = free_port(), free_port(), secrets.token_hex(32), time.time()
+    head = secrets.token_hex(28)
+    (temp / "autoscaling.yaml").write_text(yaml.safe_dump(_autoscaling(spec, capacity, gcs, head)))
     log = (temp / "head.log").open("wb")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={LOOPBACK}",
@@ -83,16 +88,23 @@ def start(spec: Cluster, file: Path, capacity: Capacity, update: Callable[[str],
         f"--autoscaling-config={temp / 'autoscaling.yaml'}", "--disable-usage-stats",
     ]  # fmt: skip
     process = subprocess.Popen(  # noqa: S603  our own command
-        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=temp, env=_variables(temp, token)
+        command,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=temp,
+        env=_variables(spec, temp, token, head),
     )
-    up = Up(process.pid, str(temp), f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}", token, time.time())
+    up = Up(process.pid, str(temp), f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}", token, since)
     write_bytes(state, json.dumps(asdict(up)).encode(), mode=0o600)
-    update(f"starting the head of {spec.name}")
+    update(f"starting the head of {spec.name}{' again' if lost else ''}")
     try:
         _wait(up, process)
     except BaseException:
-        end(up)
-        state.unlink(missing_ok=True)
+        if not lost:
+            end(up)
+            state.unlink(missing_ok=True)
         raise
     return up
 
@@ -100,9 +112,8 @@ def start(spec: Cluster, file: Path, capacity: Capacity, update: Callable[[str],
 def stop(spec: Cluster, file: Path) -> Up | None:
     """End every process of the cluster and remove its folder; None where there was none."""
     state = _state(spec, file)
-    try:
-        up = Up(**read_json(state))
-    except (OSError, ValueError, TypeError):
+    up = _known(state)
+    if up is None:
         return None
     end(up)
     shutil.rmtree(state.parent)
@@ -151,22 +162,36 @@ def _state(spec: Cluster, file: Path) -> Path:
     return beside(spec, file) / "cluster.json"
 
 
-def _variables(temp: Path, token: str) -> dict[str, str]:
+def _known(state: Path) -> Up | None:
+    """A cluster that was started, whether or not its head is there still."""
+    try:
+        return Up(**read_json(state))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _variables(spec: Cluster, temp: Path, token: str, head: str) -> dict[str, str]:
     given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return given | environment(temp, token) | {
-        "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_METRIC_PORT": str(free_port()),
         "DASHBOARD_METRIC_PORT": str(free_port()),
-        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "RAY_CLOUD_INSTANCE_ID": head,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head,
+        **fault_tolerance(spec, temp.name),
         "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_SAVE),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # a job's `python` is this one
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",  # all nodes have one address, and share an endpoint's port
     }  # fmt: skip
 
 
-def _autoscaling(spec: Cluster, capacity: Capacity, gcs: int) -> dict[str, Any]:
-    """Ray's autoscaler file for its fake provider."""
+def _autoscaling(spec: Cluster, capacity: Capacity, gcs: int, head: str) -> dict[str, Any]:
+    """Ray's autoscaler file for nodes that are processes. head: its id."""
     types: dict[str, Any] = {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
     for group in capacity.groups:
         resources = {name: int(amount) for name, amount in group.resources.items()}
@@ -180,8 +205,8 @@ def _autoscaling(spec: Cluster, capacity: Capacity, gcs: int) -> dict[str, Any]:
         "idle_timeout_minutes": spec.idle_minutes,
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-            "head_node_id": HEAD_ID,
+            "module": "heliograph.cluster.processes.Processes",
+            "head_node_id": head,
             "gcs_address": f"{LOOPBACK}:{gcs}",
             "launch_multiple": True,
             "disable_node_updaters": True,

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import ClusterError
-from .spec import SECONDS_TO_SAVE, VOLUME, Capacity, Cluster, Group, Worker
+from .spec import SECONDS_TO_SAVE, VOLUME, Capacity, Cluster, Group, Worker, fault_tolerance
 
 SCHEMAS = Path(__file__).parent / "kuberay.json"
 HOME = "~/heliograph"
@@ -41,7 +41,7 @@ def launcher(spec: Cluster, capacity: Capacity, token: Path) -> dict[str, Any]:
     auth: dict[str, Any] = {"ssh_user": "ubuntu"}
     if spec.secrets.ssh_key:
         auth["ssh_private_key"] = spec.secrets.ssh_key
-    variables = {"RAY_AUTH_MODE": "token", "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_SAVE), **_redis(spec)}
+    variables = {"RAY_AUTH_MODE": "token", "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_SAVE), **fault_tolerance(spec, spec.name)}
     exports = " ".join(f"{name}={value}" for name, value in variables.items())
     ray = f"source {HOME}/bin/activate && ulimit -n 65536 && export {exports} && ray start"
     config = {
@@ -113,13 +113,6 @@ def _instance(spec: Cluster, name: str | None, node: Worker | None = None) -> di
             parameters = {"vmSize": name, "imagePublisher": publisher, "imageOffer": offer, "imageSku": sku}
             parameters |= {"imageVersion": "latest"} | ({"priority": "Spot"} if spot else {})
             return {"azure_arm_parameters": parameters}
-
-
-def _redis(spec: Cluster) -> dict[str, str]:
-    """A head that finds its state again."""
-    if not spec.redis:
-        return {}
-    return {"RAY_REDIS_ADDRESS": spec.redis, "RAY_external_storage_namespace": spec.name}
 
 
 def _validate(config: dict[str, Any]) -> None:

@@ -89,6 +89,11 @@ class JoinedCluster:
             self.running = False
 
 
+def cluster_here(workers: int, logs: Path) -> "LocalCluster | JoinedCluster":
+    """The cluster that this process was sent to, or one of its own."""
+    return JoinedCluster() if joined() else LocalCluster(workers, logs)
+
+
 def joined() -> Capacity | None:
     """What the cluster may grow to that this process was sent to; None for one of its own."""
     return Capacity.loads(os.environ[JOINED]) if JOINED in os.environ else None

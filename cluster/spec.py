@@ -127,7 +127,7 @@ class Cluster(Section):
     network: Network = Network()
     secrets: Secrets = Secrets()
     redis: str | None = None
-    """host:port; with it the head may be lost and come back"""
+    """host:port; with it the head may be lost, and `heliograph cluster up` brings it back: nodes and endpoints wait for it"""
     limits: Limits = Limits()
     idle_minutes: Annotated[float, Field(gt=0)] = 5
     """a node that nobody needs goes after so many"""
@@ -250,6 +250,17 @@ def storage(spec: Cluster, file: Path) -> Path:
     if spec.provider != "local" and not Path(spec.storage).is_absolute():
         raise ProjectError(f"{file}: storage: `{spec.storage}` is a folder of this machine: name one that all nodes share")
     return (file.resolve().parent / Path(spec.storage).expanduser()).resolve()
+
+
+def fault_tolerance(spec: Cluster, namespace: str) -> dict[str, str]:
+    """The variables with which a head finds its state again, and nodes wait for it."""
+    if not spec.redis:
+        return {}
+    return {
+        "RAY_REDIS_ADDRESS": spec.redis,
+        "RAY_external_storage_namespace": namespace,
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    }
 
 
 def instances(spec: Cluster, file: Path) -> list[Instance]:

@@ -74,6 +74,8 @@ RunFolder = Annotated[
 Trust = Annotated[Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")]
 Port = Annotated[int | None, typer.Option(help="Listen on this port instead of the project's serve.port.", min=1, max=65535)]
 
+RegistryPlace = Annotated[str | None, typer.Option("--registry", help="This one instead of the project's `registry`.")]
+
 
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -98,6 +100,12 @@ _placed: dict[str, Path] = {}
 
 def with_port(loaded: project.Project, port: int | None) -> project.Project:
     return loaded.model_copy(update={"serve": loaded.serve.model_copy(update={"port": port})}) if port else loaded
+
+
+def with_registry(loaded: project.Project, place: str | None) -> project.Project:
+    from ..jobs.registry import registry_at
+
+    return loaded.model_copy(update={"registry": str(registry_at(place, Path.cwd()))}) if place else loaded
 
 
 def keys_of(folder: Path, run: str | None) -> Any:

@@ -4,6 +4,7 @@ import getpass
 import os
 import signal
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,7 @@ def submit(
     cluster: ClusterFile = None,
     name: Annotated[str | None, typer.Option(help="Of the run (default: the project's name).")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Search (`heliograph tune`) instead of a run.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the model instead, as NAME-endpoint, until `cancel`.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run; its exit code is then this command's.")] = True,
     priority: Annotated[int, typer.Option(help="The higher, the sooner, where the cluster's `limits.runs` lets runs wait.")] = 0,
     address: Address = None,
@@ -65,26 +67,35 @@ def submit(
     """Run a project on a cluster: what `heliograph run` does here, it does there.
 
     The project and heliograph's code are sent; the run and the model come to lie in the cluster's storage. Ctrl-C or a lost
-    connection leave the run alone (`heliograph attach`); the same command after its end goes on where it was.
+    connection leave the run alone (`heliograph attach`); the same command after its end goes on where it was. When the cluster
+    loses its head, the run is sent again by itself.
 
     Example:  heliograph submit examples/digits --cluster gpus.yaml --name digits-1
     """
     from ..cluster import spec
     from ..jobs.plan import plan as make
     from ..jobs.queue import Place
-    from ..jobs.submit import reach, run_name
+    from ..jobs.submit import What, reach, run_name
 
+    if tune and serve:
+        raise ProjectError("--tune --serve: one at a time")
+    what = What.TUNE if tune else What.SERVE if serve else What.RUN
     loaded = project.load(folder)
-    file, called = _cluster_file(loaded, folder, cluster), run_name(loaded, name)
+    file, run = _cluster_file(loaded, folder, cluster), run_name(loaded, name)
+    called = what.job(run)
     described, capacity = spec.load(file)
     made = make(loaded, file, run_folder(folder, None))
     _require_possible(made, file)
     jobs = reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
     place = Place(called, getpass.getuser(), priority, time.time())
-    jobs.submit(loaded, folder.resolve(), capacity, spec.storage(described, file), place, tune)
+
+    def send() -> None:
+        jobs.submit(loaded, folder.resolve(), capacity, spec.storage(described, file), place, what, run)
+
+    send()
     typer.echo(f"{called}: submitted; `heliograph attach {called} --cluster {file}` follows it", err=True)
     if wait:
-        _follow(jobs, called)
+        _follow(jobs, called, send)
 
 
 @app.command()
@@ -118,9 +129,10 @@ def _jobs(file: Path, address: str | None) -> Any:
     return reach(described, file, address, os.environ.get("RAY_AUTH_TOKEN"))
 
 
-def _follow(jobs: Any, name: str) -> None:
+def _follow(jobs: Any, name: str, again: Callable[[], None] | None = None) -> None:
+    """again: sends it anew, where a head that was lost took it along."""
     try:
-        code = jobs.follow(name, typer.echo)
+        code = jobs.follow(name, typer.echo, again)
     except KeyboardInterrupt:
         typer.echo(
             f"{name}: goes on without us; `heliograph attach {name}` follows it, `heliograph cancel {name}` stops it", err=True
@@ -209,6 +221,9 @@ def cluster_status(file: ClusterArgument, address: Address = None) -> None:
     described, capacity = spec.load(file)
     for line in _jobs(file, address).overview(described.name, capacity):
         typer.echo(line)
+
+
+app.command("status")(cluster_status)
 
 
 @clusters.command("logs")

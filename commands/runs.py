@@ -8,7 +8,7 @@ import typer
 
 from .. import project
 from ..errors import ProjectError
-from . import Port, ProjectFolder, RunFolder, app, run_folder, with_port
+from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder, with_port, with_registry
 
 
 @app.command()
@@ -46,7 +46,7 @@ def run(
     folder: ProjectFolder,
     run: RunFolder = None,
     port: Port = None,
-    registry: Annotated[str | None, typer.Option(help="Publish the model here instead of the project's `registry`.")] = None,
+    registry: RegistryPlace = None,
 ) -> None:
     """Run a project: prepare, train, evaluate, bundle, then one sealed request to a real endpoint.
 
@@ -54,11 +54,7 @@ def run(
 
     Example:  heliograph run examples/digits
     """
-    from ..jobs.registry import registry_at
-
-    loaded = with_port(project.load(folder), port)
-    if registry:
-        loaded = loaded.model_copy(update={"registry": str(registry_at(registry, Path.cwd()))})
+    loaded = with_registry(with_port(project.load(folder), port), registry)
     from ..cluster.runtime import joined
     from ..jobs import report
     from ..jobs.display import Display, stage_table

@@ -11,34 +11,39 @@ import typer
 
 from .. import project
 from ..errors import RegistryError, RunError
-from . import Port, ProjectFolder, RunFolder, Trust, app, keys_of, run_folder, with_port
+from . import Port, ProjectFolder, RegistryPlace, RunFolder, Trust, app, keys_of, run_folder, with_port, with_registry
 
 
 @app.command()
-def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None) -> None:
+def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None, registry: RegistryPlace = None) -> None:
     """Serve the project's registry until Ctrl-C: TensorFlow Serving's REST, Open Inference Protocol, sealed.
 
     The version in production answers (`heliograph deploy`), or the newest while none was deployed. Try it at /docs.
 
     Example:  heliograph serve examples/digits --port 8000
     """
-    loaded = with_port(project.load(folder), port)
-    from ..cluster.runtime import LocalCluster
-    from ..jobs.run import key_store, registry
-    from ..serve.endpoint import Endpoint, start
+    loaded = with_registry(with_port(project.load(folder), port), registry)
+    from ..cluster.runtime import cluster_here, joined
+    from ..jobs.run import key_store
+    from ..jobs.run import registry as registry_of_project
+    from ..serve.endpoint import Endpoint, start, stop
 
-    held, models = run_folder(folder, run), registry(loaded, folder.resolve())
+    held, models = run_folder(folder, run), registry_of_project(loaded, folder.resolve())
     if loaded.name not in models.names():
         raise RunError(f"{models}: has no {loaded.name} yet: run `heliograph run {folder}` first")
     keys = key_store(loaded, folder.resolve(), held)
     endpoint = Endpoint(loaded.name, models, keys, loaded.serve, held / "serve.log")
-    with LocalCluster(loaded.serve.most_replicas, logs=held / "ray-logs") as cluster:
+    with cluster_here(loaded.serve.most_replicas, held / "ray-logs") as cluster:
         typer.echo(f"starting {endpoint.url} (about 20 s)", err=True)
-        url = start(endpoint, cluster, typer.echo)
-        typer.echo(f"serving {loaded.name}@{models.resolve(loaded.name)} on {url}, see {url}/docs (Ctrl-C ends it)")
-        typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {endpoint.keys.public_key()}")
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
+        try:
+            url = start(endpoint, cluster, typer.echo)
+            typer.echo(f"serving {loaded.name}@{models.resolve(loaded.name)} on {url}, see {url}/docs (Ctrl-C ends it)")
+            typer.echo(f"try: heliograph predict rows.json --url {url} --model {loaded.name} --trust {keys.public_key()}")
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+        finally:
+            if joined() and cluster.running:
+                stop(endpoint)
     typer.echo("stopped", err=True)
 
 

@@ -6,12 +6,12 @@ from ..cluster.render import job_manifest, service_manifest
 from ..cluster.runtime import JOINED
 from ..cluster.spec import VOLUME, Capacity, Cluster
 from ..project import Project
-from .submit import entrypoint
+from .submit import What, entrypoint
 
 
 def job(project: Project, spec: Cluster, capacity: Capacity) -> dict[str, Any]:
     """A `RayJob` that runs the project; run again under the same name, it goes on."""
-    command = entrypoint(f"{VOLUME}/projects/{project.name}", VOLUME, project.name, tune=False)
+    command = entrypoint(f"{VOLUME}/projects/{project.name}", VOLUME, project.name, What.RUN)
     return job_manifest(spec, capacity, project.name, command, {JOINED: capacity.dumps()})
 
 

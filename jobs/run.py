@@ -14,7 +14,7 @@ from ..cluster.audit import Audit
 from ..cluster.bill import Meter
 from ..cluster.keys import DATA_KEY, KeyStore, request_key
 from ..cluster.mirror import stored
-from ..cluster.runtime import JoinedCluster, LocalCluster, joined
+from ..cluster.runtime import cluster_here, joined
 from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
 from ..cluster.spec import Capacity
 from ..datasets.shards import rotate_all
@@ -61,9 +61,8 @@ def opened(folder: Path, workers: int, display: Display) -> Iterator[Run]:
             logger.addHandler(handler)
         try:
             capacity = joined()
-            here = JoinedCluster() if capacity else LocalCluster(workers, logs=folder / "ray-logs")
             with (
-                here as cluster,
+                cluster_here(workers, folder / "ray-logs") as cluster,
                 display.open(),
                 _at_its_turn(capacity, folder, display),
                 _metered(capacity, folder),

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ LEFT_HERE = ("runs", "registry", "keys", "__pycache__", ".git", ".venv", "storag
 """Folders of a project that are not sent."""
 RAYS_OWN = re.compile(r"\S+ \S+\s+(INFO|WARNING) \S+\.py:\d+ -- |Running entrypoint for job ")
 """Lines of a job's log that are not the job's."""
-SECONDS_WITHOUT_AN_ANSWER = 120
+SECONDS_WITHOUT_AN_ANSWER = 600
+SECONDS_BETWEEN_LOOKS = 5
+"""At whether a job's node lives."""
+MOST_TRIES = 4
 MOST_SENT_BYTES = 256 << 20
 
 
@@ -60,11 +64,15 @@ class Jobs:
         except Exception as error:
             raise ClusterError(f"{self.address}: does not answer ({_said(error)}): is the cluster up?") from None
 
-    def submit(self, project: Project, folder: Path, capacity: Capacity, storage: Path, place: Place, tune: bool) -> None:
-        """Send the project. Raises ClusterError where a job of that name is under way, or the project is too large to send."""
+    def submit(
+        self, project: Project, folder: Path, capacity: Capacity, storage: Path, place: Place, what: "What", run: str
+    ) -> None:
+        """Send the project, to do something in the run's folder in the storage.
+
+        Raises ClusterError where a job of that name is under way, or the project is too large to send."""
         name = place.run
         known = self.latest(name)
-        if known and not known.status.is_terminal():
+        if known and not known.status.is_terminal() and not self._lost(known):
             raise ClusterError(f"{name}: is under way ({known.status.value.lower()}): `heliograph attach {name}` follows it")
         if project.keys and not Path(project.keys).is_absolute():
             raise ProjectError(
@@ -74,7 +82,7 @@ class Jobs:
         with _shipped(folder) as (working, code):
             self._client.submit_job(
                 submission_id=f"{name}.{attempts + 1}",
-                entrypoint=entrypoint(".", str(storage), name, tune),
+                entrypoint=entrypoint(".", str(storage), run, what),
                 runtime_env={
                     "working_dir": str(working),
                     "py_modules": [str(code)],
@@ -83,19 +91,41 @@ class Jobs:
                 metadata={"run": name, "project": project.name},
             )
 
-    def follow(self, name: str, say: Callable[[str], None]) -> int:
-        """Say what a job says, from its beginning, until it ends; its exit code. Raises ClusterError where there is none."""
-        job = self._known(name).submission_id
-        shown, heard = 0, time.monotonic()
+    def follow(self, name: str, say: Callable[[str], None], again: Callable[[], None] | None = None) -> int:
+        """Say what a job says, from its beginning, until it ends; its exit code.
+
+        again: sends it anew where it was lost with the cluster's head. Raises ClusterError where there is none, or it was lost
+        for good."""
+        for _ in range(MOST_TRIES):
+            code = self._followed(self._known(name).submission_id, say)
+            if code is not None:
+                return code
+            if again is None:
+                raise ClusterError(f"{name}: was lost with the head of the cluster: submit it again, and it goes on where it was")
+            say(f"{name}: was lost with the head of the cluster, which is back: it is sent again, and goes on where it was")
+            again()
+        raise ClusterError(f"{name}: was lost {MOST_TRIES} times with the head of the cluster")
+
+    def _followed(self, job: str, say: Callable[[str], None]) -> int | None:
+        """The exit code of a job; None where it was lost with the cluster's head."""
+        shown, heard, looked = 0, time.monotonic(), 0.0
         while True:
             try:
-                status, text = self._client.get_job_info(job), self._client.get_job_logs(job)
+                status = self._client.get_job_info(job)
+                over = status.status.is_terminal()
+                if over or time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                    looked = time.monotonic()
+                    if self._lost(status):  # and its log with it
+                        return None
+                text = self._client.get_job_logs(job)
             except Exception as error:  # a network or a head that is away for a while
+                if "does not exist" in str(error):  # a head that is new knows nothing of it
+                    return None
                 if time.monotonic() - heard > SECONDS_WITHOUT_AN_ANSWER:
                     raise ClusterError(f"{self.address}: does not answer any more ({_said(error)})") from None
                 time.sleep(1)
                 continue
-            over, heard = status.status.is_terminal(), time.monotonic()
+            heard = time.monotonic()
             upto = len(text) if over else text.rfind("\n") + 1
             for line in text[shown:upto].splitlines():
                 if not RAYS_OWN.match(line):
@@ -120,7 +150,7 @@ class Jobs:
 
     def overview(self, name: str, capacity: Capacity) -> list[str]:
         """Nodes and their cost so far, then a line for each run."""
-        nodes = self._nodes()
+        nodes = self.nodes()
         now = time.time()
         alive = Counter(kind for kind, _, end in nodes if not end)
         spent: dict[str, float] = {}
@@ -136,16 +166,26 @@ class Jobs:
             out.append(f"{_run_of(job) or job.submission_id}: {job.status.value.lower()}, {took:.0f} s")
         return out
 
-    def _nodes(self) -> list[tuple[str, float, float]]:
+    def nodes(self) -> list[tuple[str, float, float]]:
         """(kind, since, until) of every node that there was, in seconds since 1970; until is 0 while it lives."""
+        found = self._asked()
+        return [(n["labels"].get(KIND, "head"), n["start_time_ms"] / 1000, (n["end_time_ms"] or 0) / 1000) for n in found]
+
+    def _asked(self) -> list[dict[str, Any]]:
+        """What Ray tells of every node that there was."""
         import httpx
 
         try:
             answer = httpx.get(f"{self.address}/api/v0/nodes?detail=1&limit=10000", headers=self._headers, timeout=30)
-            found = answer.raise_for_status().json()["data"]["result"]["result"]
+            return answer.raise_for_status().json()["data"]["result"]["result"]
         except (httpx.HTTPError, KeyError, ValueError) as error:
             raise ClusterError(f"{self.address}: says nothing of its nodes ({_said(error)})") from None
-        return [(n["labels"].get(KIND, "head"), n["start_time_ms"] / 1000, (n["end_time_ms"] or 0) / 1000) for n in found]
+
+    def _lost(self, job: Any) -> bool:
+        """Whether its process ended with its node. A head that is back says that it runs, or failed."""
+        if job.status.value not in ("RUNNING", "FAILED") or job.driver_exit_code is not None:
+            return False
+        return job.driver_node_id in {node["node_id"] for node in self._asked() if node["state"] == "DEAD"}
 
     def _known(self, name: str) -> Any:
         known = self.latest(name)
@@ -155,10 +195,22 @@ class Jobs:
         return known
 
 
-def entrypoint(folder: str, storage: str, name: str, tune: bool) -> str:
+class What(StrEnum):
+    """To do with a project, by the command's name."""
+
+    RUN = "run"
+    TUNE = "tune"
+    SERVE = "serve"
+
+    def job(self, run: str) -> str:
+        """The name that a job goes by: its run's, unless the run is to be served while others train it."""
+        return f"{run}-endpoint" if self is What.SERVE else run
+
+
+def entrypoint(folder: str, storage: str, run: str, what: What) -> str:
     """What a cluster is to do for a run. folder: of the project, there."""
-    what = ["tune", folder] if tune else ["run", folder, "--registry", f"{storage}/registry"]
-    return shlex.join(["python", "-m", "heliograph", *what, "--run", f"{storage}/runs/{name}"])
+    registry = [] if what is What.TUNE else ["--registry", f"{storage}/registry"]
+    return shlex.join(["python", "-m", "heliograph", what.value, folder, *registry, "--run", f"{storage}/runs/{run}"])
 
 
 def reach(spec: Cluster, file: Path, address: str | None, token: str | None) -> Jobs:

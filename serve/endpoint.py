@@ -22,10 +22,10 @@ from typing import Any
 from ..cluster import haproxy
 from ..cluster.audit import Audit
 from ..cluster.keys import KeyStore
-from ..cluster.runtime import LOOPBACK, LocalCluster, quieten
+from ..cluster.runtime import LOOPBACK, JoinedCluster, LocalCluster, quieten
 from ..cluster.storage import write_json
 from ..cluster.tls import endpoint_pem
-from ..errors import EndpointError, PortInUse
+from ..errors import EndpointError, PortInUse, RequestError
 from ..jobs.registry import Registry, registry_at
 from ..project import Serve
 from .application import Application
@@ -36,6 +36,8 @@ from .models import Models
 from .rollout import Judge
 
 log = logging.getLogger("heliograph")
+TALLY_SECONDS = 2.0
+"""A request waits so long at most for what all replicas know together."""
 REFRESH_SECONDS = 300
 """Between two looks at an identity provider's keys."""
 
@@ -61,31 +63,34 @@ class Endpoint:
         return Models(self.registry, self.keys, self.options, threads, stats)
 
 
-def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] = lambda line: None) -> str:
-    """Serve until the cluster stops; returns the URL. say: told what becomes of rollouts.
+def start(endpoint: Endpoint, cluster: LocalCluster | JoinedCluster, say: Callable[[str], None] = lambda line: None) -> str:
+    """Serve until the cluster stops; on a cluster of others, until `stop`. Returns the URL. say: told what becomes of rollouts.
 
-    Raises PortInUse, and before Ray starts what loading the model raises: SignatureError, BundleError, KeyStoreError,
-    RegistryError.
+    Raises EndpointError, PortInUse, and before Ray starts what loading the model raises: SignatureError, BundleError,
+    KeyStoreError, RegistryError.
     """
-    check_port(endpoint.options)
-    if endpoint.options.tls:
-        endpoint_pem(endpoint.keys)
+    if isinstance(cluster, LocalCluster):
+        check_port(endpoint.options)
+        if endpoint.options.tls:
+            endpoint_pem(endpoint.keys)
+    elif endpoint.options.tls:
+        raise EndpointError("serve.tls is for endpoints of one machine: let what stands before a cluster's nodes end TLS")
     Door(endpoint.keys, endpoint.name, None, endpoint.options.key_grace_seconds)
     version = endpoint.registry.resolve(endpoint.name)
     endpoint.models(Stats()).open((endpoint.name, version)).close()
     cluster.start()
-    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     quieten()
     options = endpoint.options
-    tally = ray.remote(Tally).options(name=TALLY, num_cpus=0, max_restarts=-1, get_if_exists=True).remote()
-    public = cluster.temp / haproxy.PUBLIC
-    public.unlink(missing_ok=True)
-    if options.tls:
-        write_json(public, {"host": options.host, "keys": str(endpoint.keys.folder)})
-    serve.start(http_options=HTTPOptions(host=LOOPBACK, port=options.port))
+    tally = _tally()
+    if isinstance(cluster, LocalCluster):
+        public = cluster.temp / haproxy.PUBLIC
+        public.unlink(missing_ok=True)
+        if options.tls:
+            write_json(public, {"host": options.host, "keys": str(endpoint.keys.folder)})
+    serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=LOOPBACK, port=options.port))
     bound = _bound(endpoint)
     serve.run(bound, name=endpoint.name, route_prefix="/")
     audit = Audit(endpoint.keys)
@@ -99,12 +104,25 @@ def start(endpoint: Endpoint, cluster: LocalCluster, say: Callable[[str], None] 
     return endpoint.url
 
 
+def stop(endpoint: Endpoint) -> None:
+    """End an endpoint that was started on a cluster of others."""
+    from ray import serve
+
+    serve.delete(endpoint.name)
+
+
+def _tally() -> Any:
+    """Outlives who made it, and every replica finds it, whichever job started that one."""
+    import ray
+
+    options = {"name": TALLY, "namespace": TALLY, "lifetime": "detached", "get_if_exists": True}
+    return ray.remote(Tally).options(num_cpus=0, max_restarts=-1, **options).remote()
+
+
 def build(arguments: dict[str, Any]) -> Any:
     """The application for a cluster that others keep (KubeRay's `RayService`), from its configuration's `args`: name, registry,
     keys (places that all nodes have) and serve, as in a project file."""
-    import ray
-
-    ray.remote(Tally).options(name=TALLY, num_cpus=0, max_restarts=-1, get_if_exists=True, lifetime="detached").remote()
+    _tally()
     return _bound(
         Endpoint(
             arguments["name"],
@@ -180,7 +198,7 @@ class Replica:
         await self._models.follow()
         if not self._models.ready:
             raise EndpointError(f"no model can be loaded: {'; '.join(self._stats.failures.values()) or 'the registry is empty'}")
-        self._tally: Any = ray.get_actor(TALLY)
+        self._tally: Any = ray.get_actor(TALLY, namespace=TALLY)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._application, self._audit = Application(self._models, self._total, self._first), Audit(endpoint.keys)
         self._front = Front(self._application, self._stats, endpoint.options.latency_ms / 1000, endpoint.log)
@@ -220,11 +238,17 @@ class Replica:
                 await asyncio.to_thread(self._audit.write, "refused", of, must=False, status=status, count=count)
 
     async def _first(self, name: bytes) -> bool:
-        return await self._tally.first.remote(name)
+        try:
+            return await asyncio.wait_for(self._tally.first.remote(name), TALLY_SECONDS)
+        except Exception:  # its node was lost, or the cluster's head, without which it cannot be started elsewhere
+            raise RequestError("whether this request was answered before cannot be told now: try again", 503) from None
 
     async def _total(self) -> Stats:
-        await self._tally.push.remote(self._id, self._stats)
-        return await self._tally.read.remote()
+        try:
+            await asyncio.wait_for(self._tally.push.remote(self._id, self._stats), TALLY_SECONDS)
+            return await asyncio.wait_for(self._tally.read.remote(), TALLY_SECONDS)
+        except Exception:
+            return self._stats  # this replica's own, until there is a sum again
 
 
 def _keep_on_loopback() -> None:

@@ -93,7 +93,9 @@ class Command:
                     output = self.process.communicate(timeout=min(timeout, 1))[0]
                     return self.process.returncode, output
                 timeout -= 1
-                assert timeout > 0, "the command did not end"
+                if timeout <= 0:
+                    self.kill()
+                    raise AssertionError(f"the command did not end:\n{self.process.communicate()[0]}")
             return self.process.returncode, self.process.communicate()[0]
         except BaseException:
             self.kill()

@@ -1,7 +1,9 @@
 """Programs of the system that some tests need; `.ci/run` puts them into `.ci/tools`."""
 
 import contextlib
+import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ def tool(name: str) -> str:
     """Its path; the test is skipped where it is not there."""
     found = shutil.which(name) or shutil.which(name, path=str(ROOT / ".ci" / "tools" / "usr" / "bin"))
     if found is None:
-        pytest.skip(f"{name} is not installed: Debian has it in the package prometheus")
+        pytest.skip(f"{name} is not installed: `.ci/run` fetches it from Debian")
     return found
 
 
@@ -63,8 +65,39 @@ def ready(url: str) -> bool:
     return False
 
 
+def answers(url: str) -> bool:
+    """Whether an endpoint does."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/v2/health/ready").status_code == 200
+    return False
+
+
 def until(happened: Callable[[], Any], what: str, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"{what} did not happen in {seconds} s"
         time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def redis(folder: Path) -> Iterator[str]:
+    """One that keeps nothing; its host:port."""
+    port, program = free_port(), Path(tool("redis-server"))
+    libraries = program.parent.parent / "lib" / f"{os.uname().machine}-linux-gnu"  # where it was unpacked, not installed
+    folder.mkdir()
+    process = subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
+        env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: listens(port), "Redis", 20)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -14,9 +14,11 @@ from heliograph.cluster import local, spec
 from heliograph.jobs.registry import Registry
 from heliograph.jobs.submit import Jobs, reach
 from heliograph.jobs.watch import EVENTS, STEPS, read_lines
+from heliograph.project import load
+from heliograph.serve.client import Client
 
 from ..conftest import iris_project
-from ..tools import prometheus, until
+from ..tools import answers, prometheus, until
 from . import traced
 
 FILE = """\
@@ -39,7 +41,7 @@ class Rehearsal:
         return reach(self.spec, self.file, None, None)
 
     def nodes(self) -> int:
-        return sum(kind == "gpu" and not end for kind, _, end in self.jobs._nodes())
+        return sum(kind == "gpu" and not end for kind, _, end in self.jobs.nodes())
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,29 @@ def test_a_run_takes_the_cluster_from_no_node_to_two_and_back_to_none(rehearsal,
     until(lambda: rehearsal.nodes() == 0, "the end of idle nodes")
     code, output = command("cluster", "status", rehearsal.file).finish()
     assert code == 0 and "0 gpu of 2; 0 GPUs" in output and "iris: succeeded" in output
+
+
+@pytest.mark.timeout(600)
+def test_an_endpoint_takes_nodes_for_its_replicas_until_it_is_cancelled(rehearsal, command, tmp_path):
+    folder = iris_project(tmp_path / "iris")
+    file = folder / "heliograph.yaml"
+    file.write_text(file.read_text().replace("serve: {", "serve: {cpus: 2, replicas: 2, "))
+    if not (rehearsal.storage / "registry").exists():  # where this test runs alone
+        code, output = command("submit", folder, "--cluster", rehearsal.file).finish()
+        assert code == 0, output
+    until(lambda: rehearsal.nodes() == 0, "the end of idle nodes")
+    serving = command("submit", folder, "--cluster", rehearsal.file, "--serve")
+    url = f"http://127.0.0.1:{load(folder).serve.port}"
+    serving.wait_for(lambda: answers(url), "the endpoint")  # which may be before its replicas are all there
+    assert rehearsal.nodes() == 2
+    with Client(url, "iris", trust=rehearsal.storage / "runs" / "iris" / "keys" / "signing.pub") as client:
+        assert len(client.predict([{"length": 5.1, "width": 3.5, "petal_length": 1.4, "petal_width": 0.2}])[0]) == 3
+    code, output = command("cancel", "iris-endpoint", "--cluster", rehearsal.file).finish()
+    assert code == 0, output
+    code, output = serving.finish()
+    assert code == 143, output
+    assert not answers(url)
+    until(lambda: rehearsal.nodes() == 0, "the end of idle nodes")
 
 
 def raylets() -> list[psutil.Process]:
