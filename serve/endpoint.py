@@ -6,6 +6,7 @@ private keys itself, so neither travels through Ray.
 """
 
 import asyncio
+import contextlib
 import errno
 import importlib
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from ..cluster import haproxy
 from ..cluster.audit import Audit
 from ..cluster.keys import KeyStore
 from ..cluster.runtime import LOOPBACK, JoinedCluster, LocalCluster, quieten
-from ..cluster.storage import write_json
+from ..cluster.storage import read_json, write_json
 from ..cluster.tls import endpoint_pem
 from ..errors import EndpointError, PortInUse, RequestError
 from ..jobs.registry import Registry, registry_at
@@ -36,6 +38,8 @@ from .models import Models
 from .rollout import Judge
 
 log = logging.getLogger("heliograph")
+SECONDS_TO_RECOVER = 30
+"""Which an endpoint may need to be found again by a head that is back."""
 TALLY_SECONDS = 2.0
 """A request waits so long at most for what all replicas know together."""
 REFRESH_SECONDS = 300
@@ -91,8 +95,8 @@ def start(endpoint: Endpoint, cluster: LocalCluster | JoinedCluster, say: Callab
         if options.tls:
             write_json(public, {"host": options.host, "keys": str(endpoint.keys.folder)})
     serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=LOOPBACK, port=options.port))
-    bound = _bound(endpoint)
-    serve.run(bound, name=endpoint.name, route_prefix="/")
+    if not _found(endpoint, cluster):
+        serve.run(_bound(endpoint), name=endpoint.name, route_prefix="/")
     audit = Audit(endpoint.keys)
 
     def told(line: str) -> None:
@@ -102,6 +106,27 @@ def start(endpoint: Endpoint, cluster: LocalCluster | JoinedCluster, say: Callab
     audit.write("serve", endpoint.name, must=False, url=endpoint.url)
     Judge(endpoint.registry, tally, told).start()
     return endpoint.url
+
+
+def _found(endpoint: Endpoint, cluster: LocalCluster | JoinedCluster) -> bool:
+    """Whether the cluster has this very endpoint already: it outlived the head, and the job that had started it."""
+    if isinstance(cluster, LocalCluster) or endpoint.log is None:
+        return False
+    import ray
+    from ray import serve
+
+    sent = ray.get_runtime_context().runtime_env.get("py_modules")  # named by what is in it
+    now = {"code": sent, "serve": endpoint.options.model_dump(mode="json"), "registry": str(endpoint.registry)}
+    note = endpoint.log.with_name("endpoint.json")
+    with contextlib.suppress(OSError, ValueError):
+        if read_json(note) == now:
+            for _ in range(SECONDS_TO_RECOVER):
+                known = serve.status().applications.get(endpoint.name)
+                if known is None or known.status == "RUNNING":
+                    return known is not None
+                time.sleep(1)
+    write_json(note, now)
+    return False
 
 
 def stop(endpoint: Endpoint) -> None:
