@@ -130,18 +130,24 @@ def _found(endpoint: Endpoint, cluster: LocalCluster | JoinedCluster) -> bool:
 
 
 def stop(endpoint: Endpoint) -> None:
-    """End an endpoint that was started on a cluster of others."""
+    """End an endpoint that was started on a cluster of others, and what it leaves there if it was the last."""
+    import ray
     from ray import serve
 
     serve.delete(endpoint.name)
+    if not serve.status().applications:
+        ray.kill(_tally())  # where it is, a node would stay
 
 
 def _tally() -> Any:
-    """Outlives who made it, and every replica finds it, whichever job started that one."""
+    """Outlives who made it, and every replica finds it, whichever job started that one. It is where this process is, if that is
+    possible: an actor keeps its node from being idle, and a job's own process is at the head."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"name": TALLY, "namespace": TALLY, "lifetime": "detached", "get_if_exists": True}
-    return ray.remote(Tally).options(num_cpus=0, max_restarts=-1, **options).remote()
+    return ray.remote(Tally).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here, **options).remote()
 
 
 def build(arguments: dict[str, Any]) -> Any:
