@@ -202,7 +202,9 @@ def encodings(numbers: np.ndarray) -> list[bytes]:
     binary = [flat.astype(kind).tobytes() for kind in ("<f4", ">f4", "<f8", ">f8", "<i4", "<i8", "u1", "<f2")]
     plain = [t.encode() for t in texts] + binary
     # Base64 hides where in three bytes a value starts: cut to the part that is the same for every start.
-    return plain + [base64.b64encode(p[start : start + len(p) // 3 * 3 - 3]) for p in plain for start in range(3)]
+    # What is left of short ones would be met by chance in so much text.
+    encoded = [base64.b64encode(p[start : start + len(p) // 3 * 3 - 3]) for p in plain for start in range(3)]
+    return plain + [text for text in encoded if len(text) >= 8]
 
 
 @pytest.mark.parametrize("encrypt", [True, False])
