@@ -1,10 +1,8 @@
 """A cluster file in its provider's words: checked by Ray's launcher, its AWS provider against moto, and KubeRay's schemas."""
 
-import contextlib
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -16,7 +14,7 @@ from heliograph.cluster.runtime import free_port
 from heliograph.errors import ClusterError
 
 from ..conftest import aws_at
-from ..tools import until
+from ..tools import listens, until
 from .test_spec import AWS, LOCAL, loaded
 
 KUBE = """\
@@ -45,17 +43,11 @@ def aws(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     aws_at(f"http://127.0.0.1:{port}", monkeypatch)
     try:
-        until(lambda: answers(port), "moto's server")
+        until(lambda: listens(port), "moto's server")
         yield
     finally:
         server.kill()
         server.wait()
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 def test_rays_own_aws_code_starts_tags_and_ends_what_the_file_says(aws, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Rows, the run with its shards and checkpoints, and the registry in object storage: the machine may be lost at any time."""
 
-import contextlib
 import io
 import json
 import random
@@ -8,7 +7,6 @@ import shutil
 import signal
 import time
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +19,7 @@ from heliograph.project import load
 from sklearn.datasets import load_digits
 
 from ..conftest import ROOT, iris_project
+from ..tools import answers
 
 RUN, REGISTRY = "s3://runs/digits", "s3://runs/registry"
 
@@ -86,13 +85,7 @@ def test_digits_with_everything_in_object_storage_goes_on_on_another_machine(fol
     url = f"http://127.0.0.1:{load(folder).serve.port}"
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([[[0.0] * 8] * 8]))
-
-    def answers() -> bool:
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{url}/v2/health/ready").status_code == 200
-        return False
-
-    serving.wait_for(answers, "the endpoint")
+    serving.wait_for(lambda: answers(url), "the endpoint")
     trust = tmp_path / "keys" / "signing.pub"
     code, output = command("predict", rows, "--model", "digits", "--url", url, "--trust", trust).finish()
     assert code == 0, output
