@@ -71,17 +71,16 @@ class Jobs:
 
         Raises ClusterError where a job of that name is under way, or the project is too large to send."""
         name = place.run
-        known = self.latest(name)
-        if known and not known.status.is_terminal() and not self._lost(known):
+        earlier = [job for job in self.all() if _run_of(job) == name]
+        if earlier and not (known := earlier[-1]).status.is_terminal() and not self._lost(known):
             raise ClusterError(f"{name}: is under way ({known.status.value.lower()}): `heliograph attach {name}` follows it")
         if project.keys and not Path(project.keys).is_absolute():
             raise ProjectError(
                 f"{folder / FILE}: keys: `{project.keys}` stays here: name a folder that all nodes have, from / on"
             )
-        attempts = sum(_run_of(job) == name for job in self.all())
         with _shipped(folder) as (working, code):
             self._client.submit_job(
-                submission_id=f"{name}.{attempts + 1}",
+                submission_id=f"{name}.{len(earlier) + 1}",
                 entrypoint=entrypoint(".", str(storage), run, what),
                 runtime_env={
                     "working_dir": str(working),
