@@ -544,21 +544,30 @@ class Tune(Section):
     constraints: list[str] = []
     """such as `model.hp.units >= model.hp.units2`; every trial keeps them"""
     search: Literal["bayesian", "tpe", "random", "grid"] = "bayesian"
-    metric: str | None = None
-    """what is best (default: `val_accuracy`, or `val_loss` for regression)"""
+    metric: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """what is best (default: `val_accuracy`, or `val_loss` for regression); of several, such as `[val_accuracy, parameters]`, the
+    Pareto front is searched (`parameters`, `latency_ms` and `seconds` are measured where they are named)"""
     mode: Literal["max", "min"] | None = None
-    """default: min for losses and errors, max for everything else"""
+    """of the first metric (default: min for losses and errors, max for everything else)"""
+    tolerance: Annotated[float, Field(ge=0)] = 0.01
+    """of several metrics: how much worse than the best one the first may be in the chosen trial, for the sake of the others"""
     trials: Annotated[int, Field(ge=1)] = 20
     hours: Annotated[float, Field(gt=0)] | None = None
-    """no trial begins after so many"""
+    """no trial begins after so many, over all interruptions"""
+    dollars: Annotated[float, Field(gt=0)] | None = None
+    """no trial begins that would make the run cost more, by the prices of the cluster file"""
     improvement: Annotated[float, Field(ge=0)] = 0.0
     """ends when no more is expected, in deviations of what was found (0.01 is little); 0 does not end it"""
+    warm_start: list[str] = []
+    """folders of earlier runs that were tuned: their best configurations, moved into this space, are tried first"""
     parallel: Annotated[int, Field(ge=1)] | None = None
     """trials at a time (default: what the cluster holds, 4 at most)"""
-    scheduler: Literal["none", "asha", "median"] = "none"
-    """`asha` and `median` stop trials that are behind after some epochs"""
+    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
+    """stops or holds trials that are behind, or (`pbt`) trains a population that takes over what is best"""
+    fidelity: Literal["epochs", "data"] = "epochs"
+    """what a scheduler saves: epochs, or data (a trial trains on a ninth of the rows, on a third, on all)"""
     grace: Annotated[int, Field(ge=1)] = 3
-    """epochs that a trial has before a scheduler may stop it"""
+    """epochs that a trial has before a scheduler judges it; with `pbt`, and between two judgements"""
     keep: Annotated[int, Field(ge=1)] = 3
     """trials whose checkpoints stay, the best"""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -69,6 +69,11 @@ class Manifest(BaseModel):
     def rows(self, split: SplitName) -> int:
         return sum(s.rows for s in self.splits[split])
 
+    def of_train(self, share: float) -> "Manifest":
+        """The same with a share of the training shards, one at least: rows drawn at random, since hashes place them."""
+        every = self.splits["train"]
+        return self.model_copy(update={"splits": {**self.splits, "train": every[: max(1, round(share * len(every)))]}})
+
     def write(self, folder: Path) -> None:
         write_json(folder / "manifest.json", self.model_dump())
 

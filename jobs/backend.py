@@ -74,8 +74,8 @@ class KerasConfig(BackendConfig):
 class _KerasBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         addresses = ["{}:{}".format(*found) for found in worker_group.execute(get_address_and_port)]
-        ray.get([worker_group.execute_single_async(i, _set_tf_config, addresses, i) for i in range(len(addresses))])
+        ray.get([worker_group.execute_single_async(i, set_tf_config, addresses, i) for i in range(len(addresses))])
 
 
-def _set_tf_config(addresses: list[str], rank: int) -> None:
+def set_tf_config(addresses: list[str], rank: int) -> None:
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

@@ -32,6 +32,12 @@ LEVELS = 5
 """Of a dimension without steps, on a grid."""
 CANDIDATES, NEAR = 1024, 256
 """Points at which the expected improvement is asked: anywhere, and around the best."""
+HOPE = 0.25
+"""Deviations by which what runs is believed to be better than expected, so that others look elsewhere.
+
+Four at a time, 40 seeds, the median regret on Branin and Hartmann-6: 0.029 and 1.05 with none, 0.017 and 0.95 with this, 0.022
+and 0.97 with half a deviation, 0.065 and 1.11 with one; fantasies drawn at random 0.034 and 1.19, eight of them averaged 0.023
+and 0.96, constant liars 0.4 and more. One at a time with three results fewer, which four in parallel lack: 0.010 and 0.96."""
 TRIES = 1000
 """Draws that may break the constraints or repeat, one after the other, before the space counts as used up."""
 
@@ -94,6 +100,14 @@ class Dimension:
             return False
         return not self.count or math.isclose(self.value(self.place(value)), value, rel_tol=1e-9)
 
+    def nearest(self, value: Any) -> Any:
+        """The value of this dimension that comes closest; its middle for what is no number, its first choice for none of them."""
+        if self.choices:
+            return value if value in self.choices else self.choices[0]
+        if isinstance(value, (str, bool)) or value is None:
+            return self.value(0.5)
+        return self.value(self.place(min(max(value, self.low), self.high)))
+
     def grid(self) -> list[Any]:
         if self.count and (self.choices or not self.log):
             return [self.value((i + 0.5) / self.count) for i in range(self.count)]
@@ -117,6 +131,14 @@ class Space:
         for (name, dimension), place in zip(self.dimensions.items(), places, strict=True):
             if all(found.get(other) in values for other, values in dimension.when):
                 found[name] = dimension.value(float(place))
+        return found
+
+    def nearest(self, values: Config) -> Config:
+        """What comes closest to values of another space. It need not keep the constraints."""
+        found: Config = {}
+        for name, dimension in self.dimensions.items():
+            if all(found.get(other) in allowed for other, allowed in dimension.when):
+                found[name] = dimension.nearest(values.get(name))
         return found
 
     def keeps(self, config: Config) -> bool:
@@ -198,6 +220,24 @@ def constraint(text: str, names: set[str]) -> Callable[[Config], bool]:
     return lambda config: bool(check(config)) if used <= config.keys() else True
 
 
+def front(values: np.ndarray) -> list[int]:
+    """The Pareto front of `[trials, objectives]`: the rows that no other row beats in one and equals or beats in all."""
+    at_most, less = (values[:, None] <= values[None]).all(axis=2), (values[:, None] < values[None]).any(axis=2)
+    return np.flatnonzero(~(at_most & less).any(axis=0)).tolist()
+
+
+def blended(values: np.ndarray, seed: int) -> np.ndarray:
+    """`[trials, objectives]` to one value a trial: the augmented Tchebycheff norm with weights drawn anew for each suggestion, so
+    that suggestions spread along the front (Knowles, ParEGO, 2006)."""
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.any():
+        return np.full(len(values), math.inf)
+    low, high = values[finite].min(axis=0), values[finite].max(axis=0)
+    weights = np.random.default_rng(seed).dirichlet(np.ones(values.shape[1]))
+    share = weights * (values - low) / np.where(high > low, high - low, 1.0)
+    return np.where(finite, share.max(axis=1) + 0.05 * share.sum(axis=1), math.inf)
+
+
 def grid(space: Space, past: Past, running: Sequence[Config], seed: int) -> Config | None:
     tried = _names([*(c for c, _ in past), *running])
     return next((config for config in space.grid() if repr(config) not in tried), None)
@@ -253,8 +293,9 @@ def bayesian(space: Space, past: Past, running: Sequence[Config], seed: int) -> 
     The first min(2d, 10) are a scrambled Sobol sequence. Then scikit-learn's process (Matérn 5/2, a length scale for each
     column, noise; log-normal priors) is fitted to the values, made Gaussian by Yeo-Johnson where bad ones stick out and cut at
     2.5 deviations where they do not. Improvement is over the best *mean* of what was tried, since values are noisy. What is
-    running counts with the value that the process expects there (the "kriging believer" of Ginsbourger et al., 2010), so that
-    parallel trials go to different places. Candidates are real configurations: whole numbers and choices are what they will be.
+    running counts with about the value that the process expects there (the "kriging believer" of Ginsbourger et al., 2010), so
+    that parallel trials go to different places. Candidates are real configurations: whole numbers and choices are as they will
+    be.
     """
     found = surrogate(space, past, running, seed)
     tried = _names([*(c for c, _ in past), *running])
@@ -333,10 +374,11 @@ def surrogate(space: Space, past: Past, running: Sequence[Config], seed: int) ->
         warnings.simplefilter("ignore", ConvergenceWarning)  # the noise at its bound: a function without any
         process.fit(x, y)
     if running:
-        expected = space.features(running)
-        believed = np.concatenate([y, process.predict(expected)])
+        x, configs = np.concatenate([x, space.features(running)]), [*configs, *running]
+        mean, deviation = process.predict(x[len(y) :], return_std=True)
+        believed = np.concatenate([y, mean - HOPE * deviation])
         process = GaussianProcessRegressor(process.kernel_, alpha=1e-9, optimizer=None)  # pyright: ignore[reportArgumentType]
-        process.fit(np.concatenate([x, expected]), believed)
+        process.fit(x, believed)
     return Surrogate(process, configs, x)
 
 

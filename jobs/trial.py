@@ -1,9 +1,12 @@
-"""A trial of a search: a training job in an actor of Ray Tune, an epoch a step.
+"""A trial of a search: a training job in an actor of Ray Tune, a level a step.
 
-One worker trains in the actor itself, so that the next trial finds TensorFlow loaded; several are started by Ray Train from
-here. What a trial has trained stays in its folder, so one that was cut off goes on from its last checkpoint.
+The actor is rank 0 of the training, actors beside it are the other ranks, and all of them stay for the next trials, so that only
+the first ones load TensorFlow and form a group (a trainer of Ray Train's for each would take a minute to start). What a trial has
+trained stays in its folder, so one that was cut off or that waited goes on from its last checkpoint.
 """
 
+import contextlib
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -12,75 +15,218 @@ from typing import Any
 
 from ray.tune import Trainable
 
+from ..cluster.fit import Bundle
 from ..cluster.runtime import explained
+from ..cluster.sealed import KEY_FILE, Seal
+from ..errors import ModelError, RunError
 from ..project import Project
+from .backend import set_tf_config
+from .checkpoint import newest, step_of
 from .train import train
-from .watch import METRICS, read_lines
-from .worker import STOP_FILE, Job, work_alone
+from .watch import METRICS, read_lines, write_lines
+from .worker import STOP_FILE, Job, work_as
 
 SECONDS_TO_STOP = 60
+SECONDS_BETWEEN = 0.05
 WHY = "failure.txt"
+TRIES = 10
 
 
 class Trial(Trainable):
-    """config: `number`, and `project`, which is this trial's. job: what all trials share; its folder holds theirs."""
+    """config: `number`, `project` (this trial's), `prepared` (its data), `shares` (of the training rows that it trains on, one
+    after the other; a level each where there are several, else an epoch is a level), `judged` (the levels after which it waits
+    until it is told to go on), `done` (levels that it has) and `measured`.
 
-    def setup(self, config: dict[str, Any], job: Job, beside: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.shared, self.beside = job, beside
-        self._begin(config)
+    job: what all trials share; its folder holds theirs. here: how many workers of trials are on a machine at the same time. each:
+    what a worker takes.
+    """
+
+    def setup(self, config: dict[str, Any], job: Job, here: int, each: Bundle) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.shared, self.here, self.each = job, here, each
+        self.group: _Group | None = None
+        self.thread: threading.Thread | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._end()
-        self._begin(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _begin(self, config: dict[str, Any]) -> threading.Thread:
+        """At the first step and not before: Ray Tune may set up an actor for a trial that then goes to another one."""
         project: Project = config["project"]
         folder = place(self.shared.folder, config["number"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        if (folder / METRICS).exists():  # what came after the checkpoint that it goes on from is done again
+            write_lines(folder / METRICS, lines_of(folder))
+        if project.train.encrypt and self.shared.sealing:
+            Seal.make(folder, self.shared.sealing)
+        size = project.train.batch_size
+        assert isinstance(size, int)
         self.job = replace(
-            self.shared, train=project.train, model=project.model, augment=project.data.augment, folder=folder, export=False
-        )
-        self.shown, self.failure = 0, None
-        self.thread = threading.Thread(target=self._train, daemon=True)
-        self.thread.start()
+            self.shared, train=project.train, model=project.model, augment=project.data.augment, prepared=config["prepared"],
+            folder=folder, batch_size=size, export=False, measured=config["measured"],
+        )  # fmt: skip
+        self.shares, self.judged = config["shares"], frozenset(config["judged"])
+        self.told, self.failure, self.stopping = config["done"], None, False
+        self.allowed = threading.Condition()
+        self.lines: list[dict[str, Any]] = []
+        """Of the levels that are done, where levels are shares."""
+        thread = threading.Thread(target=self._train, daemon=True)
+        thread.start()
+        return thread
 
     def _train(self) -> None:
         try:
-            if self.job.train.processes == 1:
-                import keras
-
-                keras.backend.clear_session()
-                size = self.job.train.batch_size
-                assert isinstance(size, int)
-                work_alone(replace(self.job, batch_size=size), self.beside)
-            else:
-                train(self.job, lambda *_: None, lambda _: None)
+            if len(self.shares) == 1:
+                self._fit(self.job)
+                return
+            self.lines = [read_lines(self.job.folder / f"level-{k}" / METRICS)[-1] for k in range(1, self.told + 1)]
+            for level in range(self.told + 1, len(self.shares) + 1):
+                job = replace(self.job, share=self.shares[level - 1], folder=self.job.folder / f"level-{level}")
+                self._fit(job)
+                if self.stopping:
+                    return
+                self.lines = [*self.lines, read_lines(job.folder / METRICS)[-1]]
+                if level in self.judged and not self._goes_on(level):
+                    return
         except BaseException as error:
             self.failure = error
 
+    def _fit(self, job: Job) -> None:
+        import keras
+
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / STOP_FILE).unlink(missing_ok=True)
+        job = replace(job, judged=frozenset() if len(self.shares) > 1 else self.judged)
+        if job.train.pipeline:
+            train(job, lambda *_: None, lambda _: None)
+            return
+        keras.backend.clear_session()
+        ranks = job.train.fewest_workers
+        if ranks == 1:
+            work_as(job, 0, 1, self.here, self._goes_on)
+            return
+        if self.group is None:
+            self.group = _Group(ranks, self.each)
+        self.group.begin(job, self.here)
+        work_as(job, 0, ranks, self.here, self._goes_on)
+        self.group.join()
+
+    def _goes_on(self, level: int) -> bool:
+        """Wait until Tune asks for what comes after a level, or ends the trial."""
+        with self.allowed:
+            self.allowed.wait_for(lambda: self.told > level or self.stopping)
+        return not self.stopping
+
     def step(self) -> dict[str, Any]:
+        self.thread = self.thread or self._begin(self.config)
+        with self.allowed:
+            self.told += 1
+            self.allowed.notify_all()
         while True:
             over = not self.thread.is_alive()
-            lines = read_lines(self.job.folder / METRICS)
-            if len(lines) > self.shown:
-                self.shown += 1
-                return {**lines[self.shown - 1], "done": over and self.shown == len(lines) and not self.failure}
+            lines = self.lines if len(self.shares) > 1 else read_lines(self.job.folder / METRICS)
+            if len(lines) >= self.told:
+                line, last = lines[self.told - 1], over and self.told == len(lines) and not self.failure
+                spent = sum(each.get("seconds", 0.0) for each in lines)
+                return {**line, "seconds": spent, "level": self.told, "done": last}
             if over:
                 if self.failure:
+                    if isinstance(explained(self.failure), ModelError) and not self.group:
+                        return {"failed": _said(self.failure), "level": 0, "done": True}  # which would only happen again
                     (self.job.folder / WHY).write_text(_said(self.failure))
                     raise self.failure
-                return {**(lines[-1] if lines else {}), "done": True}
-            time.sleep(0.05)
+                return {**(lines[-1] if lines else {}), "level": len(lines), "done": True}
+            if self.group:
+                self.group.check()
+            time.sleep(SECONDS_BETWEEN)
 
     def _end(self) -> None:
-        if self.thread.is_alive():
-            (self.job.folder / STOP_FILE).touch()
-            self.thread.join(SECONDS_TO_STOP)
+        if self.thread is None:
+            return
+        with self.allowed:
+            self.stopping = True
+            self.allowed.notify_all()
+        for folder in (self.job.folder, *self.job.folder.glob("level-*")):
+            (folder / STOP_FILE).touch()
+        self.thread.join(SECONDS_TO_STOP)
+        self.thread = None
 
     def cleanup(self) -> None:
         self._end()
+
+
+class _Group:
+    """The ranks after rank 0, in actors that live as long as this one, in the trial's placement group."""
+
+    def __init__(self, ranks: int, each: Bundle):
+        import ray
+        from ray.train._internal.utils import get_address_and_port
+
+        actor: Any = ray.remote(_Rank).options(**options(each))
+        self.actors = [actor.remote() for _ in range(ranks - 1)]
+        self.working: list[Any] = []
+        found = [get_address_and_port(), *ray.get([a.address.remote() for a in self.actors])]
+        addresses = [f"{host}:{port}" for host, port in found]
+        ray.get([a.join.remote(addresses, rank) for rank, a in enumerate(self.actors, 1)])
+        set_tf_config(addresses, 0)
+
+    def begin(self, job: Job, here: int) -> None:
+        self.working = [a.work.remote(job, rank, len(self.actors) + 1, here) for rank, a in enumerate(self.actors, 1)]
+
+    def check(self) -> None:
+        """Raises what another rank failed of: then rank 0, which waits for it in an exchange, would wait for ever."""
+        import ray
+
+        failed, _ = ray.wait(self.working, num_returns=len(self.working), timeout=0) if self.working else ([], [])
+        if failed:
+            ray.get(failed)
+
+    def join(self) -> None:
+        import ray
+
+        ray.get(self.working)
+
+
+class _Rank:
+    def address(self) -> tuple[str, int]:
+        from ray.train._internal.utils import get_address_and_port
+
+        return get_address_and_port()
+
+    def join(self, addresses: list[str], rank: int) -> None:
+        set_tf_config(addresses, rank)
+
+    def work(self, job: Job, rank: int, ranks: int, here: int) -> None:
+        import keras
+
+        keras.backend.clear_session()
+        work_as(job, rank, ranks, here)
+
+
+def options(each: Bundle) -> dict[str, Any]:
+    """A bundle as Ray's options of an actor."""
+    rest = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": each.get("CPU", 0), "num_gpus": each.get("GPU", 0), "resources": rest}
+
+
+def copied(other: Path, aside: Path) -> list[dict[str, Any]]:
+    """Copy what another trial has trained; its epochs. It may train on meanwhile, and so remove a checkpoint that is copied."""
+    for _ in range(TRIES):
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError, IndexError):
+            checkpoint = newest(other / "checkpoints")[0]
+            shutil.copytree(checkpoint, aside / "checkpoints" / checkpoint.name)
+            for file in (METRICS, KEY_FILE):
+                if (other / file).exists():
+                    shutil.copyfile(other / file, aside / file)
+            return lines_of(aside)
+    raise RunError(f"{other}: has no checkpoint to take over")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The epochs that a training's newest checkpoint has."""
+    last = max(map(step_of, newest(folder / "checkpoints")), default=0)
+    return [line for line in read_lines(folder / METRICS) if line["step"] <= last]
 
 
 def _said(error: BaseException) -> str:

@@ -1,307 +1,405 @@
 """Tune: search the project's keys that `tune.space` names, with Ray Tune, each trial a training job.
 
-    RUN/tune/trials.jsonl     a line whenever a trial begins, and when it ends: its configuration, its value or why it has none
-    RUN/tune/trials/0007      what a trial trained; the checkpoints of the best ones stay
-    RUN/tune/best             the best configuration as a project that can be run
-    RUN/tune/report.html      history, what each parameter did, and how much it mattered
-
-`trials.jsonl` is all that there is to know: a search that was killed goes on from it, first with the trials that had begun. Its
-trials count for a changed space too, as long as they lie in it, the data and the metric are the same.
+RUN/tune/trials.jsonl     a line whenever a trial begins, waits or ends: see `record`
+RUN/tune/trials/0007      what a trial trained; the checkpoints of the best ones stay
+RUN/tune/data/…           the data of trials that search keys of `data`
+RUN/tune/best             the best configuration as a project that can be run
+RUN/tune/report.html      history, what each parameter did, and how much it mattered
 """
 
-import itertools
+import hashlib
 import json
 import logging
 import math
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from pydantic import ValidationError
+from rich.console import Console
 
 from ..cluster import storage
-from ..cluster.runtime import quieten
+from ..cluster.bill import COST
+from ..cluster.fit import Demand, fit
+from ..cluster.runtime import joined, quieten
+from ..datasets.sources import open_source
 from ..errors import ModelError, ProjectError
-from ..project import FILE, Project, Range, Tune
-from .course import falls
-from .demand import MOST_PARALLEL
+from ..project import FILE, Project
+from .choice import Choice, figure
+from .demand import MOST_PARALLEL, worker_bundle
+from .display import Display
+from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, Record, Trial, earlier
 from .run import code_of, key_store, preparation, registry
-from .search import SEARCHES, Config, Dimension, Space, expected_improvement
+from .schedule import Next, scheduler
+from .search import SEARCHES, Config, blended, expected_improvement, starts
+from .space import MEASURED, configured, metrics_of, settings_of, shares, signs_of, space_of, tune_of
 from .stages import Run
-from .watch import read_lines
 from .worker import Job
 
 log = logging.getLogger("heliograph")
-SEARCHED = ("train.", "model.hp.", "data.augment.")
 RETRIES = 1
 """Of a trial that fails."""
-
-
-def space_of(project: Project) -> Space:
-    """The space that a project names. Raises ProjectError with a line for each mistake."""
-    tune = _tune(project)
-    problems = []
-    for key, given in tune.space.items():
-        where = f"{FILE}: tune.space.{key}"
-        if not key.startswith(SEARCHED):
-            problems.append(f"{where}: cannot be searched: keys of train, model.hp and data.augment can")
-        elif key.startswith("model.hp.") and key.removeprefix("model.hp.") not in project.model.hp:
-            have = ", ".join(project.model.hp) or "none"
-            problems.append(f"{where}: model.hp has no such parameter: it has {have}")
-        for other in given.when:
-            if other not in itertools.takewhile(lambda name, key=key: name != key, tune.space):
-                problems.append(f"{where}: when: `{other}` is not searched before it")
-        ends = given.choice or given.uniform or given.log_uniform or given.integer or []
-        for value in ends if not problems else ():
-            try:
-                configured(project, {key: value})
-            except ValidationError as error:
-                said = error.errors()[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
-                problems.append(f"{where}: {value!r}: {said}")
-                break
-    try:
-        space = Space({key: _dimension(given) for key, given in tune.space.items()}, tuple(tune.constraints))
-    except ValueError as error:
-        problems.append(f"{FILE}: tune.constraints: {error}")
-    if not tune.space:
-        problems.append(f"{FILE}: tune.space: is empty: name a key, such as train.optimizer.learning_rate, and its range")
-    metric, measured = metric_of(project)[0], _measured(project)
-    if metric not in measured:
-        problems.append(f"{FILE}: tune.metric: {metric} is not measured: {', '.join(measured)} are")
-    if project.train.batch_size == "auto" and "train.batch_size" not in tune.space:
-        problems.append(f"{FILE}: train.batch_size: auto is found for one model at a time: name a number to tune with")
-    if problems:
-        raise ProjectError("\n".join(problems))
-    return space  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def _tune(project: Project) -> Tune:
-    if project.tune is None:
-        raise ProjectError(f"{FILE}: tune: is missing: a section with at least `space`, key to range")
-    return project.tune
-
-
-def _dimension(given: Range) -> Dimension:
-    when = tuple((key, tuple(values)) for key, values in given.when.items())
-    if given.choice is not None:
-        return Dimension(choices=tuple(given.choice), when=when)
-    low, high = given.uniform or given.log_uniform or given.integer or [0, 1]
-    return Dimension(low, high, given.log or given.log_uniform is not None, given.integer is not None, given.step, (), when)
-
-
-def metric_of(project: Project) -> tuple[str, str]:
-    """(metric, `max` or `min`)."""
-    tune = _tune(project)
-    regression = project.data.task == "regression" or (project.train.loss or "").startswith("mean")
-    metric = tune.metric or ("val_loss" if regression else "val_accuracy")
-    return metric, tune.mode or ("min" if falls(metric) else "max")
-
-
-def _measured(project: Project) -> list[str]:
-    metrics = project.train.metrics or ["accuracy", "mean_absolute_error", "mae"]
-    names = ["loss", *metrics]
-    return [*names, *(f"val_{name}" for name in names if project.data.split.validation)]
-
-
-def configured(project: Project, config: Config) -> Project:
-    """A project with some of its keys set. Raises pydantic's ValidationError."""
-    value = project.model_dump(exclude_unset=True, exclude={"tune"})
-    for key, given in config.items():
-        *path, last = key.split(".")
-        here = value
-        for part in path:
-            here = here.setdefault(part, {})
-        here[last] = given
-    return Project.model_validate(value)
-
-
-class Record:
-    """What is known of the trials of a folder. about: what trials must share to count for each other."""
-
-    def __init__(self, folder: Path, about: dict[str, Any]):
-        self.file, self.about = folder / "trials.jsonl", about
-        self.trials: dict[int, dict[str, Any]] = {}
-        for line in read_lines(self.file):
-            self.trials.setdefault(line["number"], {}).update(line)
-
-    def write(self, number: int, **said: Any) -> None:
-        line = {"number": number, **said, "time": round(time.time(), 1)}
-        self.trials.setdefault(number, {}).update(line)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def of(self, space: Space, *statuses: str) -> list[dict[str, Any]]:
-        known = (t for _, t in sorted(self.trials.items()) if t["about"] == self.about and t["status"] in statuses)
-        return [t for t in known if space.holds(t["config"])]
-
-
-DONE = ("finished", "stopped")
+ASIDE = ".taken"
+"""Of the name of what a trial takes over."""
 
 
 def tune(project: Project, base: Path, run: Run) -> list[str]:
     """Search until the budget is used or nothing new is left; says what was found.
 
     Raises ProjectError, and ModelError when every trial fails."""
-    space, settings, (metric, mode) = space_of(project), _tune(project), metric_of(project)
-    stage = preparation(project, base, run)
-    run.execute(stage)
+    space, settings, metrics = space_of(project), tune_of(project), metrics_of(project)
+    _require_prices(project)
     folder = run.folder / "tune"
-    fixed = configured(project, {}).model_dump(mode="json", include={"train", "model"})
-    for key in space.dimensions:
-        _forget(fixed, key)
-    about = {"prepared": run.fingerprints["prepare"], "metric": metric, "code": code_of(base), "fixed": _hash(fixed)}
-    record = Record(folder, about)
-    _search(project, base, run, space, record)
-    sign = -1.0 if mode == "max" else 1.0
-    ranked = sorted(record.of(space, *DONE), key=lambda t: sign * t["value"])
-    if not ranked:
-        failed = record.of(space, "failed")
-        raise ModelError(f"every trial failed; the last because: {failed[-1]['why'] if failed else 'none was run'}")
-    _keep(folder / "trials", {t["number"] for t in ranked[: settings.keep]})
-    _write_best(project, base, run, folder / "best", ranked[0]["config"])
+    about = {"source": open_source(project.data, base).identity(), "code": code_of(base), "metric": metrics[0]}
+    record = Record(folder, _hash(about), space, settings_of(project))
+    if len(record.of(*OVER)) < settings.trials or record.of(PAUSED, RUNNING):
+        _Search(project, base, run, record).run()
+    done = record.of(*DONE)
+    if not done:
+        failed = record.of(FAILED)
+        raise ModelError(f"every trial failed; the last because: {failed[-1].why if failed else 'none was run'}")
+    choice = Choice(project, done)
+    _keep(folder / "trials", {t.number for t in choice.ranked[: settings.keep]})
+    _write_best(project, base, run, folder / "best", choice.best.config)
     from .tune_report import write
 
-    write(folder / "report.html", project.name, space, record.of(space, *DONE, "failed"), metric, mode)
-    lines = [f"{len(ranked)} trials, {len(record.of(space, 'failed'))} failed; the best {metric}:"]
-    lines += [f"  {t['value']:.4f}  trial {t['number']}  {_said(t['config'])}" for t in ranked[:5]]
+    write(folder / "report.html", project.name, space, record.of(*OVER), choice)
+    lines = [f"{len(done)} trials, {len(record.of(FAILED))} failed; {choice.said}:"]
+    lines += [f"  {choice.values(t)}  trial {t.number}  {said(t.config)}" for t in choice.ranked[:5]]
     return [*lines, f"report: {folder / 'report.html'}; train the best to the end: heliograph run {folder / 'best'}"]
 
 
-def _search(project: Project, base: Path, run: Run, space: Space, record: Record) -> None:
-    settings, (metric, mode) = _tune(project), metric_of(project)
-    began, over = time.monotonic(), len(record.of(space, *DONE, "failed"))
-    left = settings.trials - over
-    if left <= 0:
-        return
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # what it prints is for programs without a display of their own
-    run.cluster.start()
-    import ray
-    from ray import tune as raytune
+class _Search:
+    """One process' part of a search, from the record on."""
+
+    def __init__(self, project: Project, base: Path, run: Run, record: Record):
+        self.project, self.base, self.run_, self.record = project, base, run, record
+        self.settings, self.space = tune_of(project), record.space
+        self.metrics, self.signs = metrics_of(project), signs_of(project)
+        self.shares = shares(project) if self.settings.scheduler != "none" else [1.0]
+        s = self.settings
+        self.scheduler = scheduler(s.scheduler, project.train.epochs, s.grace, self.space, s.seed, len(self.shares))
+        self.trials = run.folder / "tune" / "trials"
+        self.interrupted = [t.number for t in record.of(RUNNING)]
+        for aside in self.trials.glob(f"*{ASIDE}"):
+            if int(aside.stem) in self.interrupted and record.trials[int(aside.stem)].from_ is not None:
+                storage.replace_folder(aside, aside.with_suffix(""))
+            else:
+                shutil.rmtree(aside)
+        self.running: dict[str, int] = {}
+        """By Ray Tune's name of the trial."""
+        self.judged: dict[int, str] = {}
+        """What the scheduler said of running trials that end because of it."""
+        self.why = ""
+        self.held = len(record.of(*OVER)), record.seconds
+        self.warm = self._earlier()
+
+    def _earlier(self) -> list[Config]:
+        """Configurations to try first. What counts as our own trials do is added to the past."""
+        self.known: list[tuple[Config, float]] = []
+        hints: list[tuple[Config, float]] = []
+        for place in self.settings.warm_start:
+            folder = (self.base / Path(place).expanduser()).resolve()
+            if folder == self.run_.folder.resolve():
+                continue
+            if not (folder / "tune").is_dir():
+                raise ProjectError(f"{FILE}: tune.warm_start: {folder}: holds no search: name the folder of a run that was tuned")
+            same, others = earlier(folder, self.record, self.metrics[0])
+            self.known += [(config, self.signs[0] * value) for config, value in same]
+            hints += [(config, self.signs[0] * value) for config, value in others if self.space.keeps(config)]
+        if self.settings.warm_start:
+            say = self.run_.display.say
+            say(f"warm start: {len(self.known)} trials of earlier runs count, {len(hints)} say what to try first")
+        best = {repr(config): config for config, value in sorted(hints, key=lambda h: h[1]) if math.isfinite(value)}
+        return list(best.values())[: max(1, starts(self.space) // 2)]
+
+    # What to try
+
+    def next(self) -> tuple[int, Config, int | None] | None:
+        """(trial, its configuration, the trial that it takes over). None: nothing now; then `over` says whether that is all."""
+        record = self.record
+        if self.interrupted:
+            number = self.interrupted.pop(0)
+            return number, record.trials[number].config, None
+        courses = [t.course(self.signs[0]) for t in record.of(RUNNING, PAUSED, *DONE)]
+        population = self.settings.scheduler == "pbt"
+        found = None if population else self.scheduler.resume(courses, last=False)
+        if found is None and (config := self._new()) is not None:
+            return record.last + 1, config, None
+        found = found or self.scheduler.resume(courses, last=not self.running)
+        if found is None:
+            return None
+        self._tell(found)
+        return found.number, found.config, found.from_
+
+    def _tell(self, found: Next) -> None:
+        if found.from_ is not None:
+            self.run_.display.say(f"trial {found.number} takes over trial {found.from_}, with {said(found.config)}")
+
+    @property
+    def over(self) -> bool:
+        return not self.running
+
+    def _new(self) -> Config | None:
+        """A configuration that was not tried, as long as the budget lasts."""
+        record, settings = self.record, self.settings
+        begun = record.of(RUNNING, PAUSED, *OVER)
+        if self.why or len(begun) >= settings.trials:
+            return None
+        tried = {repr(t.config) for t in begun}
+        ended = [t for t in begun if t.status == FAILED or t.curve]
+        values = np.array([[self._value(t, m, s) for m, s in zip(self.metrics, self.signs, strict=True)] for t in ended])
+        if len(self.metrics) > 1 and ended:
+            values = blended(values, settings.seed + len(begun))
+        past = [*self.known, *((t.config, float(v)) for t, v in zip(ended, values.ravel(), strict=True))]
+        if settings.hours and record.seconds > 3600 * settings.hours:
+            self.why = f"{settings.hours:g} hours are over"
+        elif settings.dollars and (spent := self._dollars()) >= settings.dollars:
+            self.why = f"the run has cost ${spent:.2f}, or would with one more trial, and tune.dollars is ${settings.dollars:.2f}"
+        elif settings.improvement and expected_improvement(self.space, past, settings.seed) < settings.improvement:
+            self.why = f"no more than {settings.improvement:g} deviations of improvement are expected"
+        else:
+            while self.warm:
+                config = self.warm.pop(0)
+                if repr(config) not in tried:
+                    return config
+            running = [t.config for t in begun if t not in ended]
+            config = SEARCHES[settings.search](self.space, past, running, settings.seed)
+            if config is not None:
+                return config
+            self.why = "every configuration of the space was tried"
+        self.run_.display.say(f"the search ends early: {self.why}")
+        return None
+
+    def _value(self, trial: Trial, metric: str, sign: float) -> float:
+        """Less is better; infinite for a failure."""
+        return sign * trial.values[metric] if trial.status != FAILED and metric in trial.values else math.inf
+
+    def _dollars(self) -> float:
+        """What the run will have cost when what runs has ended, and one trial more."""
+        cost = storage.read_json(self.run_.folder / COST)["dollars"] if (self.run_.folder / COST).exists() else 0.0
+        ended = len(self.record.of(*OVER)) - self.held[0]
+        return (cost or 0.0) * (1 + (len(self.running) + 1) / ended if ended > 0 else 1.0)
+
+    # What comes of it
+
+    def began(self, name: str, number: int, config: Config, from_: int | None) -> dict[str, Any]:
+        """What Ray Tune gives the trial."""
+        trial = configured(self.project, config)
+        if from_ is None:
+            self.record.begin(number, settings_of(trial))
+        else:
+            self._take_over(number, settings_of(trial), from_)
+        self.running[name] = number
+        searched = any(key.startswith("data.") and not key.startswith("data.augment.") for key in config)
+        prepared = self._prepared(trial) if searched else self.run_["prepare"]
+        return {
+            "number": number, "project": trial, "prepared": prepared.resolve(), "shares": self.shares,
+            "judged": self.scheduler.rungs(number), "done": len(self.record.trials[number].curve),
+            "measured": tuple(m for m in self.metrics if m in MEASURED[:2]),
+        }  # fmt: skip
+
+    def _take_over(self, number: int, settings: dict[str, Any], other: int) -> None:
+        """Put what another trial has trained in the place of a trial's own. A kill between any two steps changes nothing: the
+        copy takes its place when the record says so, here or when the search goes on."""
+        from .trial import copied, place
+
+        aside = self.trials / f"{number:04}{ASIDE}"
+        lines = copied(place(self.trials, other), aside)
+        curve = [line[self.metrics[0]] for line in lines]
+        self.record.begin(number, settings, other, curve=curve)
+        storage.replace_folder(aside, place(self.trials, number))
+
+    def _prepared(self, trial: Project) -> Path:
+        """The data of trials that search how it is prepared, made once for each way."""
+        way = _hash(trial.data.model_dump(mode="json", exclude={"augment"}))
+        keys = key_store(self.project, self.base, self.run_.folder).folder
+        inner = Run(self.run_.folder / "tune" / "data" / way, self.run_.cluster, Display(Console(quiet=True)))
+        inner.execute(preparation(trial.model_copy(update={"keys": str(keys)}), self.base, inner))
+        return inner["prepare"]
+
+    def came(self, name: str, result: dict[str, Any]) -> bool:
+        """A trial reports a level; whether it goes on."""
+        number = self.running[name]
+        trial, level = self.record.trials[number], self._learn(self.record.trials[number], result)
+        self.show()
+        if level not in self.scheduler.rungs(number):
+            return True
+        courses = [t.course(self.signs[0]) for t in self.record.of(RUNNING, PAUSED, *DONE)]
+        if status := self.scheduler.judge(trial.course(self.signs[0]), courses):
+            self.judged[number] = status
+        return not status
+
+    def _standing(self, trial: Trial) -> str:
+        """Where a trial was among all when it ended."""
+        level, sign = len(trial.curve), self.signs[0]
+        came = [sign * t.curve[level - 1] for t in self.record.of(RUNNING, PAUSED, *DONE) if len(t.curve) >= level]
+        place = sum(value < sign * trial.curve[-1] for value in came) + 1
+        unit = "epoch" if len(self.shares) == 1 else "share of the data"
+        return f"after {unit} {level} of {self.scheduler.levels} it was {_nth(place)} of {len(came)}"
+
+    def _learn(self, trial: Trial, result: dict[str, Any]) -> int:
+        """The level that a result is of."""
+        level = int(result.get("level", 0))
+        if level and self.metrics[0] in result:
+            trial.curve = [*trial.curve[: level - 1], float(result[self.metrics[0]])]
+            trial.values = {m: float(result.get(m, math.nan)) for m in self.metrics}
+        return level
+
+    def ended(self, name: str, result: dict[str, Any], error: bool) -> None:
+        number = self.running.pop(name)
+        trial, status = self.record.trials[number], self.judged.pop(number, FINISHED)
+        if not error:
+            self._learn(trial, result)
+        seconds = round(trial.seconds + float(result.get("time_total_s", 0.0)), 1)
+        if why := self._failure(trial, result, error):
+            self.record.end(number, FAILED, why=why, seconds=seconds)
+            self.run_.display.say(f"trial {number} failed: {why}")
+        else:
+            self._end(trial, status, seconds)
+        self.show()
+
+    def _failure(self, trial: Trial, result: dict[str, Any], error: bool) -> str:
+        """Why a trial that ended has no value; empty when it has."""
+        if error:
+            told = self.trials / f"{trial.number:04}" / "failure.txt"
+            return told.read_text() if told.exists() else "its process ended"
+        bad = [f"its {m} is {trial.values.get(m)}" for m in self.metrics if not math.isfinite(trial.values.get(m, math.nan))]
+        return result.get("failed") or (bad[0] if bad else "")
+
+    def close(self) -> None:
+        """What still waits when nothing more will run was behind."""
+        for t in self.record.of(PAUSED):
+            self._end(t, STOPPED, t.seconds)
+
+    def _end(self, trial: Trial, status: str, seconds: float) -> None:
+        why = self._standing(trial) if status == STOPPED else ""
+        self.record.end(trial.number, status, values=trial.values, curve=trial.curve, why=why, seconds=seconds)
+        if why:
+            self.run_.display.say(f"trial {trial.number} stopped: {why}")
+
+    def show(self) -> None:
+        done, waiting, running = self.record.of(*OVER), self.record.of(PAUSED), self.record.of(RUNNING)
+        of_all = [t for t in self.record.of(*DONE, PAUSED) if self.metrics[0] in t.values]
+        best = min(of_all, key=lambda t: self.signs[0] * t.values[self.metrics[0]], default=None)
+        value = f"{figure(best.values[self.metrics[0]])} (trial {best.number})" if best else ""
+        parts = [f"best {self.metrics[0]} {value}" if best else "no value yet"]
+        levels = self.scheduler.levels
+        runs = [f"{t.number} ({len(t.curve)}/{levels}{f', {figure(t.curve[-1])}' if t.curve else ''})" for t in running]
+        parts += [f"running {', '.join(runs)}"] if runs else []
+        parts += [f"{len(waiting)} wait"] if waiting else []
+        stopped = sum(t.status == STOPPED for t in done)
+        parts += [f"{stopped} stopped"] if stopped else []
+        if (since := len(done) + len(waiting) - self.held[0]) > 0:
+            left = (self.record.seconds - self.held[1]) / since * max(0, self.settings.trials - len(done) - len(waiting)) / 60
+            parts.append(f"about {left:.0f} min left")
+        if self.settings.dollars:
+            parts.append(f"${self._dollars():.2f} of ${self.settings.dollars:.2f}")
+        self.run_.display.update(", ".join(parts), len(done), self.settings.trials)
+
+    # With Ray Tune
+
+    def run(self) -> None:
+        project, run = self.project, self.run_
+        run.execute(preparation(project, self.base, run))
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # what it prints is for programs without a display of their own
+        run.cluster.start()
+        from ray import tune as raytune
+
+        from .trial import Trial as Trainable
+
+        quieten()
+        with run.display.stage("tune"):
+            each, processes, parallel = self._room()
+            keys = key_store(project, self.base, run.folder)
+            sealing = keys if project.data.encrypt else None
+            job = Job(project.name, project.train, project.model, self.base, Path(), sealing, self.trials, None, keys)
+            ranks = [each] * processes
+            if project.train.pipeline:
+                ranks.insert(0, {"CPU": 0.001})
+            trainable: Any = raytune.with_parameters(Trainable, job=job, here=parallel * processes, each=each)
+            run.display.update(f"{parallel} trials at a time", self.held[0], self.settings.trials)
+            ray_folder = run.folder / "tune" / "ray"
+            shutil.rmtree(ray_folder, ignore_errors=True)
+            searcher, judge = _asked_by_ray(self)
+            raytune.Tuner(
+                raytune.with_resources(
+                    trainable, raytune.PlacementGroupFactory(ranks, strategy=project.train.resources.placement)
+                ),
+                tune_config=raytune.TuneConfig(  # without a metric, which Ray Tune would require of trials that fail, too
+                    search_alg=searcher, num_samples=-1, scheduler=judge, max_concurrent_trials=parallel, reuse_actors=True,
+                ),
+                run_config=raytune.RunConfig(
+                    name="ray", storage_path=str(ray_folder.parent), verbose=0,
+                    failure_config=raytune.FailureConfig(max_failures=RETRIES),
+                    checkpoint_config=raytune.CheckpointConfig(checkpoint_at_end=False),  # a trial keeps its own
+                ),
+            ).fit()  # fmt: skip
+            shutil.rmtree(ray_folder, ignore_errors=True)
+            self.close()
+
+    def _room(self) -> tuple[dict[str, float], int, int]:
+        """(what a worker takes, workers of a trial, trials at a time)."""
+        import ray
+
+        train, capacity, wanted = self.project.train, joined(), self.settings.parallel
+        workers = train.fewest_workers * (train.pipeline.stages if train.pipeline else 1)
+        gpus = capacity.gpus if capacity else ray.cluster_resources().get("GPU", 0)
+        each = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), gpus)
+        most = wanted or MOST_PARALLEL
+        if capacity:
+            gang = Demand((each,) * workers, train.resources.placement)
+            fits = (n for n in range(most, 0, -1) if not fit(capacity, [gang] * n).unplaced)
+            return each, workers, next(fits, 1)
+        there = ray.cluster_resources()
+        room = min((int(there.get(name, 0) / (workers * amount)) for name, amount in each.items()), default=most)
+        return each, workers, max(1, min(most, room))
+
+
+def _asked_by_ray(search: _Search) -> tuple[Any, Any]:
+    """The search as Ray Tune asks it: for trials, and whether one goes on."""
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
     from ray.tune.search import Searcher
 
-    from .trial import WHY, Trial, place
+    class Asked(Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            found = search.next()
+            if found is None:
+                return Searcher.FINISHED if search.over else None
+            return search.began(trial_id, *found)
 
-    quieten()
-    with run.display.stage("tune"):
-        sign = -1.0 if mode == "max" else 1.0
-        workers, each = project.train.processes, project.train.resources
-        room = int(ray.cluster_resources().get("CPU", 1) / max(0.1, workers * each.cpus)) or 1
-        parallel = min(settings.parallel or min(MOST_PARALLEL, room), room)
-        keys = key_store(project, base, run.folder)
-        job = Job(
-            project.name, project.train, project.model, base, run["prepare"].resolve(),
-            keys if project.data.encrypt else None, record.file.parent / "trials", project.data.augment, keys,
-        )  # fmt: skip
-        resumed = record.of(space, "running")
-        numbers = itertools.count(max(record.trials, default=0) + 1)
+        def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+            search.ended(trial_id, result or {}, error)
 
-        class Numbered(Searcher):
-            """Unfinished trials first, then what the search suggests; all that it knows is the record."""
+        def __reduce__(self) -> Any:
+            return str, ("Ray Tune keeps a copy of its own settings; the record is what counts",)
 
-            def __init__(self) -> None:
-                super().__init__(metric=metric, mode=mode)
-                self.running: dict[str, int] = {}
-                self.why = ""
+        def save(self, checkpoint_path: str) -> None: ...
 
-            def suggest(self, trial_id: str) -> Any:
-                if resumed:
-                    number, config = resumed[0]["number"], resumed.pop(0)["config"]
-                else:
-                    config = self._next()
-                    if config is None:
-                        return Searcher.FINISHED
-                    number = next(numbers)
-                self.running[trial_id] = number
-                record.write(number, config=config, status="running", about=record.about)
-                return {"number": number, "project": configured(project, config)}
+        def restore(self, checkpoint_path: str) -> None: ...
 
-            def _next(self) -> Config | None:
-                if self.why:
-                    return None
-                past = [(t["config"], sign * t["value"]) for t in record.of(space, *DONE)]
-                past += [(t["config"], math.inf) for t in record.of(space, "failed")]
-                if settings.hours and time.monotonic() - began > 3600 * settings.hours:
-                    self.why = f"{settings.hours:g} hours are over"
-                elif settings.improvement and expected_improvement(space, past, settings.seed) < settings.improvement:
-                    self.why = f"no more than {settings.improvement:g} deviations of improvement are expected"
-                else:
-                    running = [record.trials[n]["config"] for n in self.running.values()]
-                    config = SEARCHES[settings.search](space, past, running, settings.seed)
-                    if config is not None:
-                        return config
-                    self.why = "every configuration of the space was tried"
-                run.display.say(f"the search ends early: {self.why}")
-                return None
+    class Judge(FIFOScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+            return TrialScheduler.CONTINUE if search.came(trial.trial_id, result) else TrialScheduler.STOP
 
-            def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-                number = self.running.pop(trial_id)
-                value = float((result or {}).get(metric, math.nan))
-                if error or not math.isfinite(value):
-                    told = place(job.folder, number) / WHY
-                    why = told.read_text() if told.exists() else "its process ended" if error else f"its {metric} is {value}"
-                    record.write(number, status="failed", why=why)
-                    run.display.say(f"trial {number} failed: {why}")
-                else:
-                    epochs, epoch = project.train.epochs, int((result or {}).get("epoch", 0))
-                    wanted = record.trials[number]["config"].get("train.epochs", epochs)
-                    ended = "stopped" if epoch < wanted and settings.scheduler != "none" else "finished"
-                    seconds = round(float((result or {}).get("time_total_s", 0)), 1)
-                    record.write(number, status=ended, value=value, epochs=epoch, seconds=seconds)
-                self._show()
+        def __reduce__(self) -> Any:
+            return str, ("as above",)
 
-            def _show(self) -> None:
-                done = record.of(space, *DONE, "failed")
-                best = min((t for t in done if t["status"] != "failed"), key=lambda t: sign * t["value"], default=None)
-                note = f"best {metric} {best['value']:.4f} (trial {best['number']})" if best else "no value yet"
-                pace = (time.monotonic() - began) / max(1, len(done) - over)
-                minutes = pace * (settings.trials - len(done)) / 60
-                note += f", {sum(t['status'] == 'stopped' for t in done)} stopped early" if settings.scheduler != "none" else ""
-                run.display.update(f"{note}, about {minutes:.0f} min left", len(done), settings.trials)
-
-            def __reduce__(self) -> Any:
-                return str, ("Ray Tune keeps a copy of its own settings; the record is what counts",)
-
-            def save(self, checkpoint_path: str) -> None: ...
-
-            def restore(self, checkpoint_path: str) -> None: ...
-
-        alone = workers == 1
-        resources = {"CPU": each.cpus, "GPU": each.gpus or 0} if alone else {"CPU": 0.001}
-        trainable: Any = raytune.with_parameters(Trial, job=job, beside=parallel)
-        tuner = raytune.Tuner(
-            raytune.with_resources(trainable, {k: v for k, v in resources.items() if v}),
-            tune_config=raytune.TuneConfig(
-                search_alg=Numbered(), num_samples=left, scheduler=_scheduler(project), max_concurrent_trials=parallel,
-                reuse_actors=alone, metric=metric, mode=mode,
-            ),
-            run_config=raytune.RunConfig(
-                name="ray", storage_path=str(record.file.parent), verbose=0,
-                failure_config=raytune.FailureConfig(max_failures=RETRIES),
-                checkpoint_config=raytune.CheckpointConfig(checkpoint_at_end=False),  # a trial keeps its own
-            ),
-        )  # fmt: skip
-        run.display.update(f"{parallel} trials at a time", over, settings.trials)
-        shutil.rmtree(record.file.parent / "ray", ignore_errors=True)
-        tuner.fit()
-        shutil.rmtree(record.file.parent / "ray", ignore_errors=True)
+    return Asked(), Judge()
 
 
-def _scheduler(project: Project) -> Any:
-    from ray.tune import schedulers
-
-    settings = _tune(project)
-    if settings.scheduler == "asha":
-        return schedulers.ASHAScheduler(
-            max_t=max(project.train.epochs, settings.grace), grace_period=settings.grace, reduction_factor=3
-        )
-    if settings.scheduler == "median":
-        return schedulers.MedianStoppingRule(time_attr="training_iteration", grace_period=settings.grace, min_samples_required=3)
-    return None
+def _require_prices(project: Project) -> None:
+    if tune_of(project).dollars is None:
+        return
+    capacity = joined()
+    if capacity is None:
+        raise ProjectError(f"{FILE}: tune.dollars: is counted by a cluster's prices: `heliograph submit --tune` sends it to one")
+    if unknown := [g.name for g in (capacity.head, *capacity.groups) if g.dollars is None]:
+        names = ", ".join(unknown)
+        raise ProjectError(f"{FILE}: tune.dollars: nodes without a price: {names}: write `dollars_per_hour` beside them")
 
 
 def _keep(trials: Path, best: set[int]) -> None:
@@ -322,25 +420,21 @@ def _write_best(project: Project, base: Path, run: Run, folder: Path, config: Co
     folder.mkdir(parents=True, exist_ok=True)
     for file in base.glob("*.py"):
         shutil.copyfile(file, folder / file.name)
-    text = f"# The best of `heliograph tune`: {_said(config)}\n" + yaml.safe_dump(value, sort_keys=False)
+    text = f"# The best of `heliograph tune`: {said(config)}\n" + yaml.safe_dump(value, sort_keys=False)
     storage.write_bytes(folder / FILE, text.encode())
 
 
-def _said(config: Config) -> str:
+def said(config: Config) -> str:
     return ", ".join(
         f"{key.rpartition('.')[2]} {value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
         for key, value in config.items()
     )
 
 
-def _forget(value: dict[str, Any], key: str) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        value = value.get(part) or {}
-    value.pop(last, None)
+def _nth(number: int) -> str:
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else ends.get(number % 10, 'th')}"
 
 
 def _hash(value: Any) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

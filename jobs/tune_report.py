@@ -1,13 +1,13 @@
 """The report of a search: one file, no network."""
 
 import html
-import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..cluster.storage import write_bytes
+from .choice import Choice, figure
+from .record import FAILED, STOPPED, Trial
 from .report import page, svg, table
 from .search import Space, surrogate
 
@@ -15,32 +15,77 @@ MOST = 400
 """Draws at which the surrogate is asked what a parameter does."""
 
 
-def write(file: Path, name: str, space: Space, trials: list[dict[str, Any]], metric: str, mode: str) -> None:
-    sign = -1.0 if mode == "max" else 1.0
-    done = [t for t in trials if t["status"] != "failed"]
-    best = min(done, key=lambda t: sign * t["value"])
+def write(file: Path, name: str, space: Space, trials: list[Trial], choice: Choice) -> None:
+    metric, sign, best = choice.metrics[0], float(choice.signs[0]), choice.best
+    done = [t for t in trials if t.status != FAILED]
     short = {key: key.rpartition(".")[2] for key in space.dimensions}
     parts = [
         f"<h1>{html.escape(name)}: search</h1>",
-        f"<p class=lead>Best {html.escape(metric)} {best['value']:.4f} in trial {best['number']} of {len(trials)}.</p>",
+        f"<p class=lead>{html.escape(choice.said)}: {choice.values(best)}, trial {best.number} of {len(trials)}.</p>",
         f"<h2>History</h2>{_history(done, metric, sign)}",
     ]
+    if len(choice.metrics) > 1:
+        parts.append(f"<h2>Pareto front</h2>{_front(done, choice)}")
+    if len({len(t.curve) for t in done}) > 1:
+        parts.append(f"<h2>Courses</h2>{_courses(done, metric)}")
     if len(done) > 2:
         parts.append(f"<h2>Trials</h2>{_parallel(space, done, short, metric, sign)}")
         parts.append(_what_matters(space, done, short, metric, sign))
     rows = [
-        [t["number"], t["status"], f"{t['value']:.4f}" if "value" in t else "–", *(t["config"].get(k, "–") for k in short)]
-        for t in sorted(trials, key=lambda t: sign * t.get("value", sign * math.inf))
-    ]
-    parts.append(f"<h2>All</h2>{table(('trial', 'ended', metric, *short.values()), rows)}")
-    if failed := [(t["number"], t["why"]) for t in trials if t["status"] == "failed"]:
-        parts.append(f"<h2>Failed</h2>{table(('trial', 'why'), failed)}")
+        [t.number, t.status, len(t.curve), *(figure(t.values[m]) if m in t.values else "–" for m in choice.metrics),
+         *(t.config.get(k, "–") for k in short)]
+        for t in [*choice.ranked, *(t for t in trials if t.status == FAILED)]
+    ]  # fmt: skip
+    parts.append(f"<h2>All</h2>{table(('trial', 'ended', 'levels', *choice.metrics, *short.values()), rows)}")
+    if told := [(t.number, t.status, t.why) for t in trials if t.why and t.status in (FAILED, STOPPED)]:
+        parts.append(f"<h2>Stopped and failed</h2>{table(('trial', 'ended', 'why'), told)}")
+    if taken := [(t.number, t.from_) for t in trials if t.from_ is not None]:
+        parts.append(f"<h2>Population</h2>{table(('trial', 'took over last'), taken)}")
     write_bytes(file, page(f"{name}: search", "".join(parts)).encode())
 
 
-def _history(done: list[dict[str, Any]], metric: str, sign: float) -> str:
-    so_far = sign * np.minimum.accumulate([sign * t["value"] for t in done])
-    values = [{"trial": t["number"], "value": t["value"], "best": float(b)} for t, b in zip(done, so_far, strict=True)]
+def _front(done: list[Trial], choice: Choice) -> str:
+    """The first metric against each of the others."""
+    first, on, charts = choice.metrics[0], {t.number for t in choice.front}, []
+    for other in choice.metrics[1:]:
+        values = [
+            {"x": t.values[other], "y": t.values[first], "trial": t.number,
+             "kind": "chosen" if t is choice.best else "front" if t.number in on else "other"}
+            for t in done
+        ]  # fmt: skip
+        scale = {"zero": False}
+        colours = {"domain": ["chosen", "front", "other"], "range": ["#d2691e", "#4c86c6", "#c4c4c4"]}
+        charts.append(svg({
+            "layer": [
+                {"mark": {"type": "line", "color": "#4c86c6", "opacity": 0.5},
+                 "transform": [{"filter": "datum.kind != 'other'"}],
+                 "encoding": {"x": {"field": "x", "type": "quantitative", "scale": scale},
+                              "y": {"field": "y", "type": "quantitative", "scale": scale}, "order": {"field": "x"}}},
+                {"mark": {"type": "point", "filled": True, "size": 60},
+                 "encoding": {"x": {"field": "x", "type": "quantitative", "title": other, "scale": scale},
+                              "y": {"field": "y", "type": "quantitative", "title": first, "scale": scale},
+                              "color": {"field": "kind", "type": "nominal", "scale": colours, "title": None}}},
+            ],
+            "width": 480, "height": 240, "data": {"values": values},
+        }))  # fmt: skip
+    return "".join(charts)
+
+
+def _courses(done: list[Trial], metric: str) -> str:
+    """What trials came to, level by level: those that end early were stopped."""
+    values = [{"trial": t.number, "level": i, "value": v} for t in done for i, v in enumerate(t.curve, 1)]
+    return svg({
+        "mark": {"type": "line", "opacity": 0.6, "point": True, "color": "#4c86c6"},
+        "encoding": {"x": {"field": "level", "type": "quantitative", "axis": {"tickMinStep": 1}},
+                     "y": {"field": "value", "type": "quantitative", "title": metric, "scale": {"zero": False}},
+                     "detail": {"field": "trial"}},
+        "width": 560, "height": 200, "data": {"values": values},
+    })  # fmt: skip
+
+
+def _history(done: list[Trial], metric: str, sign: float) -> str:
+    so_far = sign * np.minimum.accumulate([sign * t.values[metric] for t in done])
+    values = [{"trial": t.number, "value": t.values[metric], "best": float(b)} for t, b in zip(done, so_far, strict=True)]
     x = {"field": "trial", "type": "quantitative", "axis": {"tickMinStep": 1}}
     scale = {"zero": False}
     return svg({
@@ -54,16 +99,16 @@ def _history(done: list[dict[str, Any]], metric: str, sign: float) -> str:
     })  # fmt: skip
 
 
-def _parallel(space: Space, done: list[dict[str, Any]], short: dict[str, str], metric: str, sign: float) -> str:
+def _parallel(space: Space, done: list[Trial], short: dict[str, str], metric: str, sign: float) -> str:
     """Parallel coordinates: a line a trial, each parameter from its lowest to its highest."""
-    order = np.argsort(np.argsort([sign * t["value"] for t in done])) / max(1, len(done) - 1)
+    order = np.argsort(np.argsort([sign * t.values[metric] for t in done])) / max(1, len(done) - 1)
     places = {key: dimension.place for key, dimension in space.dimensions.items()}
     values = [
-        {"trial": t["number"], "parameter": short[key], "place": places[key](t["config"][key]), "rank": float(rank)}
-        for t, rank in zip(done, order, strict=True) for key in short if key in t["config"]
+        {"trial": t.number, "parameter": short[key], "place": places[key](t.config[key]), "rank": float(rank)}
+        for t, rank in zip(done, order, strict=True) for key in short if key in t.config
     ]  # fmt: skip
     values += [
-        {"trial": t["number"], "parameter": metric, "place": 1 - float(rank), "rank": float(rank)}
+        {"trial": t.number, "parameter": metric, "place": 1 - float(rank), "rank": float(rank)}
         for t, rank in zip(done, order, strict=True)
     ]
     no_title, colours = {"title": None, "axis": {"labelAngle": -30}}, {"scheme": "viridis", "reverse": True}
@@ -79,9 +124,9 @@ def _parallel(space: Space, done: list[dict[str, Any]], short: dict[str, str], m
     })  # fmt: skip
 
 
-def _what_matters(space: Space, done: list[dict[str, Any]], short: dict[str, str], metric: str, sign: float) -> str:
+def _what_matters(space: Space, done: list[Trial], short: dict[str, str], metric: str, sign: float) -> str:
     """The surrogate's own view: how much its prediction varies with each parameter alone, and in which way."""
-    past = [(t["config"], sign * t["value"]) for t in done]
+    past = [(t.config, sign * t.values[metric]) for t in done]
     found = surrogate(space, past, (), 0)
     if found is None:
         return ""

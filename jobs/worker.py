@@ -5,12 +5,13 @@ exchange told all of them (`steps.Signals`), so no rank can take another way tha
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +76,22 @@ class Job:
 
     export: bool = True
     """Whether models are wanted at the end; a trial of a search needs none."""
+    share: float = 1.0
+    """Of the training shards."""
+    judged: frozenset[int] = frozenset()
+    """Epochs after which rank 0 asks whether the training goes on."""
+    measured: tuple[str, ...] = ()
+    """Of `parameters` and `latency_ms` (of a row in ONNX Runtime), what stands beside the figures of each epoch."""
 
     @property
     def seal(self) -> Seal | None:
         return Seal.of(self.folder, self.sealing)
 
 
-def work_alone(job: Job, beside: int) -> None:
-    """The same without Ray Train, for one worker. beside: how many do so on this machine at the same time."""
-    _Rank(job, 0, 1, beside).run()
+def work_as(job: Job, rank: int, ranks: int, here: int, goes_on: Callable[[int], bool] | None = None) -> None:
+    """The same without Ray Train. here: how many do so on this machine at the same time. goes_on: is asked by rank 0 after the
+    epochs that are judged; while it waits, all do."""
+    _Rank(job, rank, ranks, here, goes_on).run()
 
 
 def work(config: dict) -> None:
@@ -95,13 +103,13 @@ def work(config: dict) -> None:
 
 
 class _Rank:
-    def __init__(self, job: Job, rank: int, ranks: int, ranks_here: int):
+    def __init__(self, job: Job, rank: int, ranks: int, ranks_here: int, goes_on: Callable[[int], bool] | None = None):
         import keras
 
-        self.job, self.rank, self.ranks = job, rank, ranks
+        self.job, self.rank, self.ranks, self.goes_on = job, rank, ranks, goes_on
         gpus = claim(ranks_here, 2)
         train = job.train
-        self.schema, self.manifest = Schema.read(job.prepared), Manifest.read(job.prepared)
+        self.schema, self.manifest = Schema.read(job.prepared), Manifest.read(job.prepared).of_train(job.share)
         keras.utils.set_random_seed(train.seed)
         keras.mixed_precision.set_global_policy(train.precision)
         self.device, self.strategy = _strategy(ranks, gpus)
@@ -125,6 +133,7 @@ class _Rank:
             self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
             (job.augment, self.schema.ids),
         )  # fmt: skip
+        self.measured = self._measure() if rank == 0 and job.measured else {}
         self.watch: Watch | None = None
         self.anomaly, self.anomaly_at = "", 0
         self.profiled: int | None = None
@@ -138,6 +147,17 @@ class _Rank:
         self.looks: list[Future] = []
         self.host = np.zeros(HOST, np.float32)
         self.orders = 0
+
+    def _measure(self) -> dict[str, float]:
+        """Of the model as it begins, which costs the same as the trained one."""
+        found = {"parameters": float(self.model.count_params())}
+        if "latency_ms" in self.job.measured:
+            logging.disable(logging.WARNING)
+            plain = build(self.job.model, self.schema, self.job.project)
+            with tempfile.TemporaryDirectory() as folder:
+                plain.export(Path(folder) / "model.onnx", format="onnx", verbose=False)
+                found["latency_ms"] = round(1000 * Engine(Path(folder), self.job.prepared, threads=1).measure(), 4)
+        return found
 
     def _warn(self, text: str) -> None:
         if self.watch:
@@ -315,12 +335,14 @@ class _Rank:
                     done += block.steps
                 figures |= {f"val_{name}": value for name, value in self._figures().items()}
             weights = [(v.path, np.asarray(v)) for v in self.model.weights] if train.watch.histograms else []
-        figures |= {"seconds": round(seconds, 3), "rows_per_second": round(self.rows / seconds, 1), "workers": self.ranks}
+        rate = round(self.rows / seconds, 1)
+        figures |= self.measured | {"seconds": round(seconds, 3), "rows_per_second": rate, "workers": self.ranks}
         self.history = [*self.history, figures]
         if self.watch:
             self.watch.epoch(figures, weights)
+        reason = self._judge() or self._asked(figures["epoch"])
         self.epoch_began, self.rows = time.monotonic(), 0.0
-        return self._judge()
+        return reason
 
     def _figures(self) -> dict[str, float]:
         """The meters' results over all ranks; they begin anew."""
@@ -351,6 +373,15 @@ class _Rank:
             self.factor.assign(verdict.factor(float(np.asarray(self.factor))))
             self.lowered = self.history[-1]["epoch"]
         return verdict.reason or self._reached()
+
+    def _asked(self, epoch: int) -> str:
+        """Whether the one who judges lets the training go on, as all ranks are told."""
+        import tensorflow as tf
+
+        if epoch not in self.job.judged:
+            return ""
+        on = self.goes_on(epoch) if self.goes_on else True
+        return "" if self.strategy.gather(tf.constant([int(on)]), axis=0).numpy().all() else INTERRUPTED
 
     def _reached(self) -> str:
         return reached(self.job.train, self.step, self.end)
@@ -444,9 +475,12 @@ def _strategy(ranks: int, gpus: list[Any]) -> tuple[str, Any]:
     return device, tf.distribute.get_strategy()
 
 
+@functools.cache
 def _multi_worker() -> Any:
-    """MultiWorkerMirroredStrategy. Its thread that watches the peers sleeps 30 s at a time, and the end of training would
-    wait for it to wake: one second instead."""
+    """MultiWorkerMirroredStrategy, one for all trainings of a process: it starts TensorFlow's server.
+
+    Its thread that watches the peers sleeps 30 s at a time, and the end of training would wait for it to wake: one second
+    instead."""
     import tensorflow as tf
     from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
