@@ -4,7 +4,7 @@ import numpy as np
 
 from ..project import Project
 from .record import Trial
-from .search import front
+from .search import Config, front
 from .space import metrics_of, signs_of, tune_of
 
 
@@ -40,3 +40,10 @@ class Choice:
 
 def figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def said(config: Config) -> str:
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
+        for key, value in config.items()
+    )

@@ -4,6 +4,7 @@ It is all that there is to know: a search that was killed goes on from it. A tri
 the metric are the same and its settings lie in the space, whatever was searched when it was made.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -116,3 +117,7 @@ def earlier(run: Path, record: Record, metric: str) -> tuple[list[tuple[Config, 
             config, counts = found[line["number"]]
             (same if counts else others).append((config, line["values"][metric]))
     return same, others
+
+
+def hashed(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from heliograph.cluster.runtime import free_port
 from heliograph.errors import ProjectError
 from heliograph.jobs.display import Display
 from heliograph.jobs.record import Record
+from heliograph.jobs.run import execute
 from heliograph.jobs.search import SEARCHES
 from heliograph.jobs.space import configured, settings_of, signs_of, space_of
 from heliograph.jobs.stages import Run
@@ -191,16 +192,15 @@ def test_several_metrics_and_ways_to_prepare(tmp_path, cluster):
 
 
 @pytest.mark.timeout(600)
-def test_trials_of_two_workers_share_their_group_and_start_from_another_run(tmp_path, cluster, command):
-    """And one trial equals the training of the same configuration by `heliograph run`."""
+def test_trials_of_two_workers_share_their_group_and_start_from_another_run(tmp_path, cluster):
+    """And the best one equals the training of the same configuration by a run."""
     folder = write(tmp_path / "tuned", trials=3, more="search: random, ", workers=2)
     searched(folder, cluster)
     events = [(folder / f"runs/default/tune/trials/000{n}/events.jsonl").read_text() for n in (1, 2, 3)]
     assert all("2 workers, from the start" in text for text in events)
     best = folder / "runs" / "default" / "tune" / "best"
     value = max(line["values"]["val_accuracy"] for line in lines(folder) if line["status"] == "finished")
-    code, said = command("run", best).finish()
-    assert code == 0, said
+    execute(project.load(best), best, Run(best / "runs" / "default", cluster, Display(Console(file=io.StringIO()))))
     assert json.loads((best / "runs/default/train/result.json").read_text())["val_accuracy"] == pytest.approx(value, abs=1e-6)
 
     # Another space and other settings: what was best is tried first, moved into it.
@@ -209,12 +209,8 @@ def test_trials_of_two_workers_share_their_group_and_start_from_another_run(tmp_
     said = searched(folder, cluster, "next")
     assert "0 trials of earlier runs count, 3 say what to try first" in said
     first = json.loads((folder / "runs/next/tune/trials.jsonl").read_text().splitlines()[0])["settings"]
-    assert first["train.optimizer.learning_rate"] == made_rate(best)
+    assert first["train.optimizer.learning_rate"] == project.load(best).train.optimizer.learning_rate
     assert first["model.hp.units"] == min(20, project.load(best).model.hp["units"])
-
-
-def made_rate(folder: Path) -> float:
-    return project.load(folder).train.optimizer.learning_rate
 
 
 def test_every_mistake_is_a_line_and_nothing_starts(tmp_path, command):
