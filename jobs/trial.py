@@ -47,8 +47,7 @@ class Trial(Trainable):
         self.thread: threading.Thread | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._end()
-        return True
+        return self._end()
 
     def _begin(self, config: dict[str, Any]) -> threading.Thread:
         """At the first step and not before: Ray Tune may set up an actor for a trial that then goes to another one."""
@@ -57,8 +56,6 @@ class Trial(Trainable):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / METRICS).exists():  # what came after the checkpoint that it goes on from is done again
             write_lines(folder / METRICS, lines_of(folder))
-        if project.train.encrypt and self.shared.sealing:
-            Seal.make(folder, self.shared.sealing)
         size = project.train.batch_size
         assert isinstance(size, int)
         self.job = replace(
@@ -95,6 +92,8 @@ class Trial(Trainable):
         import keras
 
         job.folder.mkdir(parents=True, exist_ok=True)
+        if job.train.encrypt and job.sealing:
+            Seal.make(job.folder, job.sealing)
         (job.folder / STOP_FILE).unlink(missing_ok=True)
         job = replace(job, judged=frozenset() if len(self.shares) > 1 else self.judged)
         if job.train.pipeline:
@@ -140,16 +139,18 @@ class Trial(Trainable):
                 self.group.check()
             time.sleep(SECONDS_BETWEEN)
 
-    def _end(self) -> None:
+    def _end(self) -> bool:
+        """Stop what runs; whether it has."""
         if self.thread is None:
-            return
+            return True
         with self.allowed:
             self.stopping = True
             self.allowed.notify_all()
         for folder in (self.job.folder, *self.job.folder.glob("level-*")):
             (folder / STOP_FILE).touch()
         self.thread.join(SECONDS_TO_STOP)
-        self.thread = None
+        stopped, self.thread = not self.thread.is_alive(), None
+        return stopped
 
     def cleanup(self) -> None:
         self._end()

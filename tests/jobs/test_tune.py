@@ -3,12 +3,16 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from heliograph import project
-from heliograph.cluster.runtime import free_port
+from heliograph.cluster.bill import COST
+from heliograph.cluster.runtime import JOINED, free_port
+from heliograph.cluster.spec import Capacity, Group
+from heliograph.cluster.storage import write_json
 from heliograph.errors import ProjectError
 from heliograph.jobs.display import Display
 from heliograph.jobs.record import Record
@@ -16,6 +20,7 @@ from heliograph.jobs.run import execute
 from heliograph.jobs.search import SEARCHES
 from heliograph.jobs.space import configured, settings_of, signs_of, space_of
 from heliograph.jobs.stages import Run
+from heliograph.jobs.trials import late, told
 from heliograph.jobs.tune import tune
 from rich.console import Console
 
@@ -68,7 +73,7 @@ def searched(folder: Path, cluster, name: str = "default") -> str:
 
 
 @pytest.mark.timeout(600)
-def test_a_search_killed_twice_goes_on_and_its_trials_are_those_of_an_undisturbed_one(tmp_path, command):
+def test_a_search_killed_twice_goes_on_and_its_trials_are_those_of_an_undisturbed_one(tmp_path, command, cluster):
     folder = write(tmp_path / "tuned", trials=7)
     for ended in (1, 3):  # in the middle of the trial after
         killed = command("tune", folder)
@@ -87,11 +92,12 @@ def test_a_search_killed_twice_goes_on_and_its_trials_are_those_of_an_undisturbe
     loaded = project.load(folder)
     space, sign = space_of(loaded), signs_of(loaded)[0]
     configs = {line["number"]: {key: line["settings"][key] for key in space.dimensions} for line in found if "settings" in line}
-    values = {line["number"]: line["values"]["val_accuracy"] for line in found if line["status"] == "finished"}
+    ended = {line["number"]: line for line in found if line["status"] == "finished"}
+    values = {number: line["values"]["val_accuracy"] for number, line in ended.items()}
     past: list = []
     for number in sorted(configs):
         assert SEARCHES["bayesian"](space, past, [], 0) == configs[number]
-        past.append((configs[number], sign * values[number]))
+        past.append((configs[number], told(late(ended[number]["curve"]), sign)))
     best = max(values, key=lambda n: values[n])
     made = project.load(folder / "runs" / "default" / "tune" / "best")
     assert made.model.hp["units"] == configs[best]["model.hp.units"]
@@ -100,11 +106,8 @@ def test_a_search_killed_twice_goes_on_and_its_trials_are_those_of_an_undisturbe
     assert kept == set(sorted(values, key=lambda n: -values[n])[:3])
     assert "What matters" in (folder / "runs/default/tune/report.html").read_text()
     write(folder, trials=8)  # one more: the others count
-    code, said = command("tune", folder).finish()
-    assert code == 0, said
+    searched(folder, cluster)
     assert sum(line["status"] == "finished" for line in lines(folder)) == 8
-    code, said = command("check", folder / "runs" / "default" / "tune" / "best").finish()
-    assert code == 0, said
 
 
 def test_failed_trials_are_told_and_a_small_space_ends(tmp_path, cluster):
@@ -189,6 +192,20 @@ def test_several_metrics_and_ways_to_prepare(tmp_path, cluster):
     made = project.load(folder / "runs" / "default" / "tune" / "best")
     assert made.model.hp["units"] == 2
     assert "Pareto front" in (folder / "runs/default/tune/report.html").read_text()
+
+
+def test_no_trial_begins_that_would_cost_too_much(tmp_path, cluster, monkeypatch):
+    """On a cluster with prices: 1.50 dollars were spent; a trial, and another one would cost as much again."""
+    head, nodes = Group("head", {"CPU": 0.0}, 1, 1, 0.1, {}), Group("cpu", {"CPU": 2.0}, 0, 2, 1.0, {})
+    folder = write(tmp_path / "tuned", more="search: random, dollars: 2.0, ")
+    monkeypatch.setenv(JOINED, Capacity(head, (nodes,), 2).dumps())
+    write_json(folder / "runs" / "default" / COST, {"dollars": 1.5})
+    said = searched(folder, cluster)
+    assert "the search ends early: the run has cost $3.00, or would with one more trial, and tune.dollars is $2.00" in said
+    assert [line["number"] for line in lines(folder) if line["status"] == "finished"] == [1]
+    monkeypatch.setenv(JOINED, Capacity(head, (replace(nodes, dollars=None),), 2).dumps())
+    with pytest.raises(ProjectError, match=r"tune\.dollars: nodes without a price: cpu"):
+        searched(folder, cluster)
 
 
 @pytest.mark.timeout(600)
