@@ -258,11 +258,45 @@ class Data(Section):
     """Encrypt shards at rest (Parquet Modular Encryption, AES-GCM)."""
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al., LoRA, 2022) train instead of the layers that they are added to."""
+
+    rank: Annotated[int, Field(ge=1)]
+    layers: list[str] = ["*"]
+    """patterns of names; of these, the layers that can have adapters: dense, convolution, embedding"""
+
+
+class Start(Section):
+    """A trained model that this one starts from."""
+
+    model: str
+    """`NAME` (its production version), `NAME@3` or `NAME@ALIAS` of the registry, the folder of a bundle or of a run, or a
+    `.keras` file, such as one that Keras Applications or Keras Hub has saved"""
+    head: str | None = None
+    """the layer that is replaced by a new one for this task, with all that comes after it (default: the last one with weights)"""
+    freeze: list[str] = []
+    """patterns of names, such as `conv*`: these layers stay as they are (batch normalisation among them always does)"""
+    unfreeze: dict[Annotated[int, Field(ge=1, strict=False)], list[str]] = {}
+    """epoch (from 1 on) to patterns: frozen layers that train from it on"""
+    rates: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """pattern to factor of the learning rate; the first that matches counts"""
+    lora: Lora | None = None
+    """trains adapters and the head; everything else stays as it is"""
+
+    @model_validator(mode="after")
+    def _lora_freezes(self):
+        if self.lora and (self.freeze or self.unfreeze):
+            raise ValueError("lora freezes everything but adapters and head: leave `freeze` and `unfreeze` out")
+        return self
+
+
 class Model(Section):
     build: Annotated[str, Field(pattern=r"^\w+:\w+$")] = "model:build"
-    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`"""
+    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`; not used with `start`"""
     hp: dict[str, bool | int | float | str] = {}
     """Handed to `build` as `hp`."""
+    start: Start | None = None
+    """Begin with the weights of another model, a new head on them."""
 
 
 class Optimizer(BaseModel):
@@ -596,6 +630,8 @@ class Project(Section):
     @model_validator(mode="after")
     def _workers_have_shards(self):
         workers, batch = self.train.most_workers, self.train.batch_size
+        if self.model.start and self.train.pipeline:
+            raise ValueError("model.start: a pipeline cannot start from another model: leave `train.pipeline` out")
         if workers > self.data.shards:
             raise ValueError(
                 f"train.workers is {workers}, but data.shards is {self.data.shards}: "

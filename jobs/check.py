@@ -1,9 +1,11 @@
 """Check: everything that can be wrong with a project before anything starts."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..cluster.runtime import LocalCluster
 from ..datasets.preprocess import Preprocessing
@@ -22,14 +24,20 @@ def check(project: Project, base: Path) -> list[str]:
     with _silenced():
         import keras  # noqa: F401
     from .model import build, compile_parts
+    from .run import key_store, registry
+    from .transfer import find
 
-    model = build(project.model, schema, base)
+    own = project.model
+    if own.start:
+        found = find(own.start, base, key_store(project, base, base / "runs" / "default"), registry(project, base))
+        own = own.model_copy(update={"start": own.start.model_copy(update={"model": str(found)})})
+    model = build(own, schema, base)
     compile_parts(project.train, schema)
     return [
         f"source   {project.data.source}: {_features(schema)}",
         f"prepare  {_steps(preprocessing)}",
         f"target   {schema.target}: {_target(schema)}",
-        f"model    {model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}",
+        f"model    {model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}{_trains(model)}",
         f"train    {project.train.epochs} epochs, {project.train.workers} workers, batches of {project.train.batch_size}",
         "ok",
     ]
@@ -47,6 +55,11 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def _trains(model: Any) -> str:
+    trained = sum(math.prod(v.shape) for v in model.trainable_variables)
+    return "" if trained == model.count_params() else f"; {trained:,} of them train"
 
 
 def _features(schema: Schema) -> str:

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 
 def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
-    """The project's model for `schema`, with weights of its own drawing. Raises ModelError."""
+    """The project's model for `schema`, with weights of its own drawing, or those that it starts from. Raises ModelError."""
     import keras
 
+    if model.start:
+        from .transfer import started
+
+        return started(model.start, schema)
     module_name, function_name = model.build.split(":")
     file = folder / f"{module_name}.py"
     if not file.is_file():
@@ -47,7 +51,7 @@ def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
         raise ModelError(f"{_place(error, file)}: {function_name} failed: {_what(error)}") from None
     if not isinstance(built, keras.Model):
         raise ModelError(f"{file}: {function_name} returned {type(built).__name__}, not a keras.Model")
-    _check_shapes(built, schema, f"{file}: {function_name}")
+    check_shapes(built, schema, f"{file}: {function_name}")
     return built
 
 
@@ -172,7 +176,7 @@ def _try_on(parts: Parts, train: Train, schema: Schema) -> None:
             raise ModelError(f"train.metrics: `{meter.name}` does not fit {shown}: {_what(error)}") from None
 
 
-def _check_shapes(model: "keras.Model", schema: Schema, where: str) -> None:
+def check_shapes(model: "keras.Model", schema: Schema, where: str) -> None:
     import numpy as np
 
     try:

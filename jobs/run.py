@@ -17,11 +17,12 @@ from ..cluster.mirror import stored
 from ..cluster.runtime import cluster_here, joined
 from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
 from ..cluster.spec import Capacity
+from ..cluster.storage import read_json
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..errors import RunError
-from ..project import Project
-from . import demand
+from ..project import Model, Project
+from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
@@ -167,6 +168,22 @@ def preparation(project: Project, base: Path, run: Run) -> Stage:
     return Stage("prepare", (), prepared_by, work)
 
 
+def starting(project: Project, base: Path, run: Run) -> tuple[list[Stage], Model]:
+    """The stage that takes the model which the project's starts from, if it does, and the model with the stage's folder."""
+    start = project.model.start
+    if start is None:
+        return [], project.model
+    found = transfer.find(start, base, key_store(project, base, run.folder), registry(project, base))
+
+    def work(folder: Path) -> None:
+        for text in transfer.take(found, run["prepare"], folder):
+            run.display.say(text)
+
+    taken = start.model_copy(update={"model": str(run["start"].resolve())})
+    stage = Stage("start", ("prepare",), {"model": transfer.digest(found)}, work)
+    return [stage], project.model.model_copy(update={"start": taken})
+
+
 def execute(project: Project, base: Path, run: Run) -> int:
     """Do what is not done yet of: prepare, train, evaluate, bundle. The version that the bundle has in the registry.
 
@@ -175,10 +192,12 @@ def execute(project: Project, base: Path, run: Run) -> int:
     sealing = keys if project.data.encrypt else None
     update = run.display.update
 
+    start, model = starting(project, base, run)
+
     def do_train(folder: Path) -> None:
         if project.train.encrypt:
             Seal.make(folder, keys)
-        job = Job(project.name, project.train, project.model, base, run["prepare"], sealing, folder, project.data.augment, keys)
+        job = Job(project.name, project.train, model, base, run["prepare"], sealing, folder, project.data.augment, keys)
         train(job, update, run.display.say)
 
     def do_bundle(folder: Path) -> None:
@@ -191,6 +210,9 @@ def execute(project: Project, base: Path, run: Run) -> int:
             "configuration": run.fingerprints["train"],
             "settings": {"train": project.train.model_dump(mode="json"), "model": project.model.model_dump(mode="json")},
         }
+        if project.model.start:
+            lineage["start"] = read_json(run["start"] / transfer.NOTE)
+            lineage["ancestor"] = lineage["start"]["ancestor"]
         make(folder, project.name, lineage, parts, keys)
 
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
@@ -198,7 +220,8 @@ def execute(project: Project, base: Path, run: Run) -> int:
         trained_by["augment"] = project.data.augment.model_dump()
     for stage in (
         preparation(project, base, run),
-        Stage("train", ("prepare",), trained_by, do_train),
+        *start,
+        Stage("train", ("prepare", *(s.name for s in start)), trained_by, do_train),
         Stage(
             "evaluate",
             ("prepare", "train"),

@@ -22,7 +22,7 @@ from .choice import figure, said
 from .demand import MOST_PARALLEL, worker_bundle
 from .display import Display
 from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, Record, Trial, earlier, hashed
-from .run import key_store, preparation
+from .run import key_store, preparation, starting
 from .schedule import Next, scheduler
 from .search import SEARCHES, Config, blended, expected_improvement, starts
 from .space import MEASURED, configured, metrics_of, settings_of, shares, signs_of, tune_of
@@ -166,6 +166,8 @@ class Search:
         self.running[name] = number
         searched = any(key.startswith("data.") and not key.startswith("data.augment.") for key in config)
         prepared = self._prepared(trial) if searched else self.run_["prepare"]
+        if trial.model.start:
+            trial = trial.model_copy(update={"model": trial.model.model_copy(update={"start": self.model.start})})
         return {
             "number": number, "project": trial, "prepared": prepared.resolve(), "shares": self.shares,
             "judged": self.scheduler.rungs(number), "done": len(self.record.trials[number].curve),
@@ -274,7 +276,9 @@ class Search:
 
     def run(self) -> None:
         project, run = self.project, self.run_
-        run.execute(preparation(project, self.base, run))
+        start, self.model = starting(project, self.base, run)
+        for stage in (preparation(project, self.base, run), *start):
+            run.execute(stage)
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # what it prints is for programs without a display of their own
         run.cluster.start()
         from ray import tune as raytune

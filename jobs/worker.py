@@ -36,6 +36,7 @@ from .engine import Engine
 from .model import build, compile_parts
 from .rate import rate
 from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim, fed, on_device
+from .transfer import ADAPTERS, adapters, merged, pace
 from .watch import BOARD, METRICS, Watch, write_lines
 
 SAVE, STOP, TIME_IS_UP, BACK, GIVE_UP = 1, 2, 4, 8, 16
@@ -122,6 +123,8 @@ class _Rank:
             schedule, self.factor = rate(train, self.end)
             parts = compile_parts(train, self.schema, self.manifest.class_rows, schedule)
             self.optimizer = parts.optimizer
+            if job.model.start:
+                pace(self.optimizer, self.model, job.model.start, self.part.steps)
             self.optimizer.build(self.model.trainable_variables)
             meters, scale = parts.meters(), LossScale() if train.precision == "mixed_float16" else None
         self.twins = parts.meters()
@@ -428,6 +431,10 @@ class _Rank:
         keras.mixed_precision.set_global_policy("float32")
         plain = build(job.model, self.schema, job.project)
         plain.set_weights(self._exported())
+        if job.model.start and job.model.start.lora:
+            with create(job.folder / ADAPTERS, job.seal) as out:
+                np.savez(out, **adapters(plain))
+            plain = merged(job.model.start, self.schema, plain)
         gap = export(plain, self.held_out if self.held_out.rows else self.part, job)
         figures = {
             "workers": self.ranks,
