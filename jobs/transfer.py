@@ -221,7 +221,7 @@ def adapters(model: Any) -> dict[str, np.ndarray]:
     for layer in leaves(model):
         if getattr(layer, "lora_enabled", False):
             a, b = (np.asarray(w) for w in _pair(layer))
-            found |= {f"{layer.name}/a": a, f"{layer.name}/b": b, f"{layer.name}/scale": np.float32(_scale(layer))}
+            found |= {f"{layer.name}/a": a, f"{layer.name}/b": b, f"{layer.name}/scale": np.array(_scale(layer), np.float32)}
     return found
 
 

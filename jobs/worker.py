@@ -433,7 +433,8 @@ class _Rank:
         plain.set_weights(self._exported())
         if job.model.start and job.model.start.lora:
             with create(job.folder / ADAPTERS, job.seal) as out:
-                np.savez(out, **adapters(plain))
+                found: dict[str, Any] = {**adapters(plain)}
+                np.savez(out, **found)
             plain = merged(job.model.start, self.schema, plain)
         gap = export(plain, self.held_out if self.held_out.rows else self.part, job)
         figures = {
