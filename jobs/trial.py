@@ -63,7 +63,8 @@ class Trial(Trainable):
             folder=folder, batch_size=size, export=False, measured=config["measured"],
         )  # fmt: skip
         self.shares, self.judged = config["shares"], frozenset(config["judged"])
-        self.told, self.failure, self.stopping = config["done"], None, False
+        self.done = self.told = config["done"]
+        self.failure, self.stopping = None, False
         self.allowed = threading.Condition()
         self.lines: list[dict[str, Any]] = []
         """Of the levels that are done, where levels are shares."""
@@ -76,8 +77,8 @@ class Trial(Trainable):
             if len(self.shares) == 1:
                 self._fit(self.job)
                 return
-            self.lines = [read_lines(self.job.folder / f"level-{k}" / METRICS)[-1] for k in range(1, self.told + 1)]
-            for level in range(self.told + 1, len(self.shares) + 1):
+            self.lines = [read_lines(self.job.folder / f"level-{k}" / METRICS)[-1] for k in range(1, self.done + 1)]
+            for level in range(self.done + 1, len(self.shares) + 1):
                 job = replace(self.job, share=self.shares[level - 1], folder=self.job.folder / f"level-{level}")
                 self._fit(job)
                 if self.stopping:
