@@ -92,7 +92,7 @@ def tune(folder: ProjectFolder, run: RunFolder = None) -> None:
     loaded = project.load(folder)
     from ..jobs.display import Display
     from ..jobs.run import key_store, opened
-    from ..jobs.tune import space_of
+    from ..jobs.space import space_of
     from ..jobs.tune import tune as search
     from ..serve.access import require_role
 
