@@ -298,6 +298,10 @@ class Model(Section):
     start: Start | None = None
     """Begin with the weights of another model, a new head on them."""
 
+    def started_from(self, place: Path) -> "Model":
+        """The same, where what it starts from was found in a place; as it is, where it starts from nothing."""
+        return self.model_copy(update={"start": self.start.model_copy(update={"model": str(place)})}) if self.start else self
+
 
 class Optimizer(BaseModel):
     """A Keras optimizer by its name; every other key is one of its parameters."""

@@ -30,7 +30,7 @@ def check(project: Project, base: Path) -> list[str]:
     own = project.model
     if own.start:
         found = find(own.start, base, key_store(project, base, base / "runs" / "default"), registry(project, base))
-        own = own.model_copy(update={"start": own.start.model_copy(update={"model": str(found)})})
+        own = own.started_from(found)
     model = build(own, schema, base)
     compile_parts(project.train, schema)
     return [

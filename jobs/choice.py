@@ -15,16 +15,16 @@ class Choice:
     def __init__(self, project: Project, done: list[Trial]):
         self.metrics, self.signs = metrics_of(project), np.array(signs_of(project))
         values = np.array([[t.values[m] for m in self.metrics] for t in done]) * self.signs
-        self.front = [done[i] for i in front(values)]
+        kept = front(values)
+        self.front = [done[i] for i in kept]
         """The Pareto front, by the first metric."""
         order = sorted(range(len(done)), key=lambda i: tuple(values[i]))
         if len(self.metrics) == 1:
             self.ranked, self.said = [done[i] for i in order], f"the best {self.metrics[0]}"
         else:
             tolerance = tune_of(project).tolerance
-            kept = set(front(values))
             near = {i for i in kept if values[i, 0] <= values[:, 0].min() + tolerance}
-            on_front = sorted(near, key=lambda i: tuple(values[i, 1:])) + [i for i in order if i in kept - near]
+            on_front = sorted(near, key=lambda i: tuple(values[i, 1:])) + [i for i in order if i in kept and i not in near]
             self.ranked = [done[i] for i in on_front] + [done[i] for i in order if i not in kept]
             others = ", then ".join(self.metrics[1:])
             self.said = (

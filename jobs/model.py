@@ -185,11 +185,11 @@ def check_shapes(model: "keras.Model", schema: Schema, where: str) -> None:
         raise ModelError(f"{where} returned a model without known inputs: build it with keras.Input") from None
     expected = schema.inputs
     if len(inputs) != len(expected):
-        raise ModelError(f"{where}: the model has {len(inputs)} inputs, the schema {len(expected)}: {_shapes(expected)}")
+        raise ModelError(f"{where}: the model has {len(inputs)} inputs, the schema {len(expected)}: {shapes(expected)}")
     for tensor in inputs:
         name = tensor.name if len(expected) > 1 else next(iter(expected))
         if name not in expected:
-            raise ModelError(f"{where}: input `{tensor.name}`: the schema's inputs are {_shapes(expected)}")
+            raise ModelError(f"{where}: input `{tensor.name}`: the schema's inputs are {shapes(expected)}")
         if tuple(tensor.shape[1:]) != expected[name]:
             raise ModelError(f"{where}: input `{name}` has the shape {tuple(tensor.shape[1:])}, the data {expected[name]}")
     if len(outputs) != 1 or tuple(outputs[0].shape[1:]) != (schema.outputs,):
@@ -204,7 +204,7 @@ def check_shapes(model: "keras.Model", schema: Schema, where: str) -> None:
         raise ModelError(f"{where}: the outputs add up to {total:.3g}, not to 1: end with a softmax")
 
 
-def _shapes(inputs: dict[str, tuple[int, ...]]) -> str:
+def shapes(inputs: dict[str, tuple[int, ...]]) -> str:
     return ", ".join(f"`{n}` {s}" for n, s in inputs.items())
 
 

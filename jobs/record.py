@@ -17,6 +17,8 @@ from .space import chosen
 from .watch import read_lines
 
 TRIALS = "trials.jsonl"
+WHY = "failure.txt"
+"""In a trial's folder: why its process failed."""
 RUNNING, PAUSED, STOPPED, FINISHED, FAILED = "running", "paused", "stopped", "finished", "failed"
 DONE = (FINISHED, STOPPED)
 OVER = (*DONE, FAILED)
@@ -117,6 +119,11 @@ def earlier(run: Path, record: Record, metric: str) -> tuple[list[tuple[Config, 
             config, counts = found[line["number"]]
             (same if counts else others).append((config, line["values"][metric]))
     return same, others
+
+
+def place(trials: Path, number: int) -> Path:
+    """Where what a trial trained lies."""
+    return trials / f"{number:04}"
 
 
 def hashed(value: Any) -> str:

@@ -179,9 +179,8 @@ def starting(project: Project, base: Path, run: Run) -> tuple[list[Stage], Model
         for text in transfer.take(found, run["prepare"], folder):
             run.display.say(text)
 
-    taken = start.model_copy(update={"model": str(run["start"].resolve())})
     stage = Stage("start", ("prepare",), {"model": transfer.digest(found)}, work)
-    return [stage], project.model.model_copy(update={"start": taken})
+    return [stage], project.model.started_from(run["start"].resolve())
 
 
 def execute(project: Project, base: Path, run: Run) -> int:

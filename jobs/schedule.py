@@ -152,13 +152,18 @@ class Population(Everything):
         return Next(member.number, explored(self.space, better.config, draw), better.number)
 
 
+def mutable(key: str) -> bool:
+    """Whether a key can change while a model trains."""
+    return key.startswith(MUTABLE) and key != "train.optimizer.name"
+
+
 def explored(space: Space, config: Config, draw: np.random.Generator) -> Config:
     """A configuration beside another, in what can change while a model trains: a fifth more or less, the next choice, or,
     one time in four, any value."""
     for _ in range(100):
         found = dict(config)
         for key in config:
-            if not key.startswith(MUTABLE) or key == "train.optimizer.name":
+            if not mutable(key):
                 continue
             dimension = space.dimensions[key]
             if draw.random() < RESAMPLED:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ..errors import ProjectError
 from ..project import FILE, Project, Range, Tune
 from .course import falls
-from .schedule import FACTOR, MUTABLE
+from .schedule import FACTOR, MUTABLE, mutable
 from .search import Config, Dimension, Space
 
 SEARCHED = ("train.", "model.hp.", "data.")
@@ -97,7 +97,7 @@ def _schedule(project: Project) -> list[str]:
             f"{FILE}: tune.grace: is {tune.grace}, and trials have {project.train.epochs} epochs: {tune.scheduler} has "
             "nothing to decide: lower `grace` or raise `train.epochs`"
         )
-    if tune.scheduler == "pbt" and not any(key.startswith(MUTABLE) and key != "train.optimizer.name" for key in tune.space):
+    if tune.scheduler == "pbt" and not any(map(mutable, tune.space)):
         which = ", ".join(f"{name}*" if name.endswith(".") else name for name in MUTABLE)
         problems.append(f"{FILE}: tune.scheduler: pbt changes what can change while a model trains ({which}): search one of them")
     if tune.scheduler == "pbt" and "train.epochs" in tune.space:

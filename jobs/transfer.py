@@ -29,8 +29,8 @@ from ..datasets.schema import Schema
 from ..errors import ModelError
 from ..project import FILE, NAME, Start
 from .bundle import verify
-from .model import check_shapes
-from .registry import PRODUCTION, Registry
+from .model import check_shapes, shapes
+from .registry import Registry
 
 SOURCE, NOTE, ADAPTERS = "model.keras", "start.json", "adapters.npz"
 HEAD = "head"
@@ -65,9 +65,7 @@ def _registered(address: str, models: Registry, where: str) -> Path:
     versions = models.versions(name) if re.fullmatch(NAME, name) else []
     if not versions:
         raise ModelError(f"{where}: `{address}`: no file, no folder, and no model of the registry {models}")
-    version = int(which) if which.isdecimal() else models.state(name).aliases.get(which or PRODUCTION)
-    if version is None and not which:
-        version = versions[-1]
+    version = int(which) if which.isdecimal() else models.state(name).aliases.get(which) if which else models.resolve(name)
     if version not in versions:
         raise ModelError(f"{where}: `{address}`: {name} has the versions {', '.join(map(str, versions))}")
     return models.bundle(name, version)
@@ -75,19 +73,23 @@ def _registered(address: str, models: Registry, where: str) -> Path:
 
 def digest(found: Path) -> str:
     """SHA-256 of the model that was found."""
-    return hashlib.sha256((found / SOURCE if found.is_dir() else found).read_bytes()).hexdigest()
+    return hashlib.sha256(_file(found).read_bytes()).hexdigest()
+
+
+def _file(place: Path) -> Path:
+    return place / SOURCE if place.is_dir() else place
 
 
 def take(found: Path, prepared: Path, folder: Path) -> list[str]:
     """Fill the stage's folder; what a person should know of how the two models' inputs differ. Raises ModelError where the
     inputs have other shapes."""
-    shutil.copyfile(found / SOURCE if found.is_dir() else found, folder / SOURCE)
+    shutil.copyfile(_file(found), folder / SOURCE)
     note: dict[str, Any] = {"from": str(found), "ancestor": digest(found)}
     said: list[str] = []
     if (found / "schema.json").exists():
         theirs, ours = (Schema.read(p) for p in (found, prepared))
         if list(theirs.inputs.values()) != list(ours.inputs.values()):
-            raise ModelError(f"{FILE}: model.start: its inputs are {_shapes(theirs)}, the data's {_shapes(ours)}")
+            raise ModelError(f"{FILE}: model.start: its inputs are {shapes(theirs.inputs)}, the data's {shapes(ours.inputs)}")
         kinds = [
             [step.step for step in Preprocessing.model_validate_json((p / "preprocess.json").read_bytes()).steps]
             for p in (found, prepared)
@@ -100,10 +102,6 @@ def take(found: Path, prepared: Path, folder: Path) -> list[str]:
         note["ancestor"] = note["lineage"].get("ancestor") or note["ancestor"]
     write_json(folder / NOTE, note)
     return said
-
-
-def _shapes(schema: Schema) -> str:
-    return ", ".join(f"`{name}` {shape}" for name, shape in schema.inputs.items())
 
 
 # The model
@@ -143,7 +141,7 @@ def started(start: Start, schema: Schema, lora: bool = True) -> Any:
 def _loaded(place: Path) -> Any:
     import keras
 
-    file = place / SOURCE if place.is_dir() else place
+    file = _file(place)
     try:
         model = keras.saving.load_model(file, compile=False, safe_mode=True)
     except Exception as error:

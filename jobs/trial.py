@@ -22,13 +22,13 @@ from ..errors import ModelError, RunError
 from ..project import Project
 from .backend import set_tf_config
 from .checkpoint import newest, step_of
+from .record import WHY, place
 from .train import train
 from .watch import METRICS, read_lines, write_lines
 from .worker import STOP_FILE, Job, work_as
 
 SECONDS_TO_STOP = 60
 SECONDS_BETWEEN = 0.05
-WHY = "failure.txt"
 TRIES = 10
 
 
@@ -234,8 +234,3 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def _said(error: BaseException) -> str:
     found = explained(error)
     return str(found or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:300]}")
-
-
-def place(folder: Path, number: int) -> Path:
-    """Where a trial lies."""
-    return folder / f"{number:04}"

@@ -21,9 +21,9 @@ from ..project import FILE, Project
 from .choice import figure, said
 from .demand import MOST_PARALLEL, worker_bundle
 from .display import Display
-from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, Record, Trial, earlier, hashed
+from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, WHY, Record, Trial, earlier, hashed, place
 from .run import key_store, preparation, starting
-from .schedule import Next, scheduler
+from .schedule import Course, scheduler
 from .search import SEARCHES, Config, blended, expected_improvement, starts
 from .space import MEASURED, configured, metrics_of, settings_of, shares, signs_of, tune_of
 from .stages import Run
@@ -68,8 +68,8 @@ class Search:
         """Configurations to try first. What counts as our own trials do is added to the past."""
         self.known: list[tuple[Config, float]] = []
         hints: list[tuple[Config, float]] = []
-        for place in self.settings.warm_start:
-            folder = (self.base / Path(place).expanduser()).resolve()
+        for run in self.settings.warm_start:
+            folder = (self.base / Path(run).expanduser()).resolve()
             if folder == self.run_.folder.resolve():
                 continue
             if not (folder / "tune").is_dir():
@@ -86,12 +86,12 @@ class Search:
     # What to try
 
     def next(self) -> tuple[int, Config, int | None] | None:
-        """(trial, its configuration, the trial that it takes over). None: nothing now; then `over` says whether that is all."""
+        """(trial, its configuration, the trial that it takes over). None: nothing now, and nothing more when none is running."""
         record = self.record
         if self.interrupted:
             number = self.interrupted.pop(0)
             return number, record.trials[number].config, None
-        courses = [t.course(self.signs[0]) for t in record.of(RUNNING, PAUSED, *DONE)]
+        courses = self._courses()
         population = self.settings.scheduler == "pbt"
         found = None if population else self.scheduler.resume(courses, last=False)
         if found is None and (config := self._new()) is not None:
@@ -99,16 +99,13 @@ class Search:
         found = found or self.scheduler.resume(courses, last=not self.running)
         if found is None:
             return None
-        self._tell(found)
-        return found.number, found.config, found.from_
-
-    def _tell(self, found: Next) -> None:
         if found.from_ is not None:
             self.run_.display.say(f"trial {found.number} takes over trial {found.from_}, with {said(found.config)}")
+        return found.number, found.config, found.from_
 
-    @property
-    def over(self) -> bool:
-        return not self.running
+    def _courses(self) -> list[Course]:
+        """Of all that did not fail."""
+        return [t.course(self.signs[0]) for t in self.record.of(RUNNING, PAUSED, *DONE)]
 
     def _new(self) -> Config | None:
         """A configuration that was not tried, as long as the budget lasts."""
@@ -166,8 +163,7 @@ class Search:
         self.running[name] = number
         searched = any(key.startswith("data.") and not key.startswith("data.augment.") for key in config)
         prepared = self._prepared(trial) if searched else self.run_["prepare"]
-        if trial.model.start:
-            trial = trial.model_copy(update={"model": trial.model.model_copy(update={"start": self.model.start})})
+        trial = trial.model_copy(update={"model": trial.model.started_from(self.run_["start"].resolve())})
         return {
             "number": number, "project": trial, "prepared": prepared.resolve(), "shares": self.shares,
             "judged": self.scheduler.rungs(number), "done": len(self.record.trials[number].curve),
@@ -177,13 +173,14 @@ class Search:
     def _take_over(self, number: int, settings: dict[str, Any], other: int) -> None:
         """Put what another trial has trained in the place of a trial's own. A kill between any two steps changes nothing: the
         copy takes its place when the record says so, here or when the search goes on."""
-        from .trial import copied, place
+        from .trial import copied
 
-        aside = self.trials / f"{number:04}{ASIDE}"
+        own = place(self.trials, number)
+        aside = own.with_name(own.name + ASIDE)
         lines = copied(place(self.trials, other), aside)
         curve = [line[self.metrics[0]] for line in lines]
         self.record.begin(number, settings, other, curve=curve)
-        storage.replace_folder(aside, place(self.trials, number))
+        storage.replace_folder(aside, own)
 
     def _prepared(self, trial: Project) -> Path:
         """The data of trials that search how it is prepared, made once for each way."""
@@ -200,18 +197,17 @@ class Search:
         self.show()
         if level not in self.scheduler.rungs(number):
             return True
-        courses = [t.course(self.signs[0]) for t in self.record.of(RUNNING, PAUSED, *DONE)]
-        if status := self.scheduler.judge(trial.course(self.signs[0]), courses):
+        if status := self.scheduler.judge(trial.course(self.signs[0]), self._courses()):
             self.judged[number] = status
         return not status
 
     def _standing(self, trial: Trial) -> str:
         """Where a trial was among all when it ended."""
-        level, sign = len(trial.curve), self.signs[0]
-        came = [sign * t.curve[level - 1] for t in self.record.of(RUNNING, PAUSED, *DONE) if len(t.curve) >= level]
-        place = sum(value < sign * trial.curve[-1] for value in came) + 1
+        level = len(trial.curve)
+        came = [course.curve[level - 1] for course in self._courses() if len(course.curve) >= level]
+        rank = sum(value < self.signs[0] * trial.curve[-1] for value in came) + 1
         unit = "epoch" if len(self.shares) == 1 else "share of the data"
-        return f"after {unit} {level} of {self.scheduler.levels} it was {_nth(place)} of {len(came)}"
+        return f"after {unit} {level} of {self.scheduler.levels} it was {_nth(rank)} of {len(came)}"
 
     def _learn(self, trial: Trial, result: dict[str, Any]) -> int:
         """The level that a result is of."""
@@ -237,8 +233,8 @@ class Search:
     def _failure(self, trial: Trial, result: dict[str, Any], error: bool) -> str:
         """Why a trial that ended has no value; empty when it has."""
         if error:
-            told = self.trials / f"{trial.number:04}" / "failure.txt"
-            return told.read_text() if told.exists() else "its process ended"
+            reason = place(self.trials, trial.number) / WHY
+            return reason.read_text() if reason.exists() else "its process ended"
         bad = [f"its {m} is {trial.values.get(m)}" for m in self.metrics if not math.isfinite(trial.values.get(m, math.nan))]
         return result.get("failed") or (bad[0] if bad else "")
 
@@ -276,7 +272,7 @@ class Search:
 
     def run(self) -> None:
         project, run = self.project, self.run_
-        start, self.model = starting(project, self.base, run)
+        start, _ = starting(project, self.base, run)
         for stage in (preparation(project, self.base, run), *start):
             run.execute(stage)
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # what it prints is for programs without a display of their own
@@ -357,7 +353,7 @@ def _asked_by_ray(search: Search) -> tuple[Any, Any]:
         def suggest(self, trial_id: str) -> Any:
             found = search.next()
             if found is None:
-                return Searcher.FINISHED if search.over else None
+                return None if search.running else Searcher.FINISHED
             return search.began(trial_id, *found)
 
         def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

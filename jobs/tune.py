@@ -1,10 +1,12 @@
 """Tune: search the project's keys that `tune.space` names, with Ray Tune, each trial a training job.
 
-RUN/tune/trials.jsonl     a line whenever a trial begins, waits or ends: see `record`
-RUN/tune/trials/0007      what a trial trained; the checkpoints of the best ones stay
-RUN/tune/data/…           the data of trials that search keys of `data`
-RUN/tune/best             the best configuration as a project that can be run
-RUN/tune/report.html      history, what each parameter did, and how much it mattered
+    RUN/tune/trials.jsonl     a line whenever a trial begins, waits or ends: see `record`
+    RUN/tune/trials/0007      what a trial trained; the checkpoints of the best ones stay
+    RUN/tune/data/…           the data of trials that search keys of `data`
+    RUN/tune/best             the best configuration as a project that can be run
+    RUN/tune/report.html      history, what each parameter did, and how much it mattered
+
+The first is all that there is to know: a search that was killed goes on from it.
 """
 
 import re
