@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .errors import ProjectError
+from .recipes import Compress, Trains
 from .settings import Section, read
 
 FILE = "heliograph.yaml"
@@ -490,8 +491,8 @@ class Serve(Section):
     """CPUs that a replica reserves, and threads of its engine; below 1 the replicas share the machine's cores"""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs that a replica reserves; a fraction shares one"""
-    engine: Literal["auto", "onnx", "litert", "tensorflow", "keras"] = "auto"
-    """`auto` measures ONNX Runtime and LiteRT when a model is loaded and takes the faster"""
+    engine: Literal["auto", "compressed", "onnx", "litert", "tensorflow", "keras"] = "auto"
+    """`auto` measures ONNX Runtime, LiteRT and the compressed form when a model is loaded and takes the fastest"""
     latency_ms: Annotated[float, Field(gt=0)] = 250.0
     """what a request may take; more requests than can be answered within it are refused with 503"""
     models: Annotated[int, Field(ge=1)] = 4
@@ -624,6 +625,8 @@ class Project(Section):
     train: Train = Train()
     serve: Serve = Serve()
     tune: Tune | None = None
+    compress: Compress | None = None
+    """a section; `compress: {}` is a good beginning"""
     keys: str | None = None
     """A folder of keys (default: `keys` in the run's folder)."""
     cluster: str | None = None
@@ -636,6 +639,9 @@ class Project(Section):
         workers, batch = self.train.most_workers, self.train.batch_size
         if self.model.start and self.train.pipeline:
             raise ValueError("model.start: a pipeline cannot start from another model: leave `train.pipeline` out")
+        recipes = self.compress.recipes.values() if self.compress else ()
+        if self.train.pipeline and any(isinstance(step, Trains) for steps in recipes for step in steps):
+            raise ValueError("compress: a recipe cannot train the model of a pipeline: leave such steps out, or `train.pipeline`")
         if workers > self.data.shards:
             raise ValueError(
                 f"train.workers is {workers}, but data.shards is {self.data.shards}: "

@@ -119,11 +119,14 @@ def _explain(item: Any, model: type[Section], value: Any, lines: dict[Key, int])
 
 
 def _key(item: Any, value: Any) -> Key:
-    """Where an error is, in the file: pydantic also names the member of a union that it tried, by its type or its tag."""
+    """Where an error is, in the file: pydantic also names the member of a union that it tried, by its type or its tag, and the
+    place in a list of one that stands without a list."""
     out: list[str | int] = []
+    before: str | int = ""
     for part in item["loc"]:
-        tag = bool(out) and isinstance(out[-1], int) and isinstance(value, dict) and part in value.values()
-        if tag or _is_union_member(part):
+        tag = isinstance(before, int) and isinstance(value, dict) and part in value.values()
+        before = part
+        if tag or _is_union_member(part) or (isinstance(part, int) and not isinstance(value, list)):
             continue
         out.append(part)
         value = _at(value, part)
@@ -148,6 +151,8 @@ def _annotation(model: type[Section], key: Key, value: Any) -> Any:
     for part in key:
         value_here, value = value, _at(value, part)
         here = _member(here, value_here)
+        if get_origin(here) is list and not isinstance(part, int):
+            here = _member(get_args(here)[0], value_here)  # one that stands without a list
         if get_origin(here) in (list, dict):
             here = get_args(here)[-1]
         elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
@@ -159,6 +164,8 @@ def _annotation(model: type[Section], key: Key, value: Any) -> Any:
 
 def _member(annotation: Any, value: Any) -> Any:
     """Of a union, the member that has keys of its own; of a tagged one, that of `value`."""
+    if get_origin(annotation) is Annotated and not _members(annotation):
+        annotation = get_args(annotation)[0]
     tagged = _members(annotation)
     if tagged:
         return next((m for tag, m in tagged.items() if isinstance(value, dict) and tag in value.values()), None)

@@ -57,7 +57,7 @@ def run(
     loaded = with_registry(with_port(project.load(folder), port), registry)
     from ..cluster.runtime import joined
     from ..jobs import report
-    from ..jobs.display import Display, stage_table
+    from ..jobs.display import Display, form_table, stage_table
     from ..jobs.run import execute, key_store, opened
     from ..serve import first_request
     from ..serve.access import require_role
@@ -72,6 +72,8 @@ def run(
             first_request.execute(loaded, folder.resolve(), current)
         result = report.write(loaded, current)
     display.console.print(stage_table(result["stages"]))
+    if result["compress"]:
+        display.console.print(form_table(*report.forms(result["compress"], short=True)))
     for line in report.summary(result):
         typer.echo(line)
     models = loaded.registry if "://" in loaded.registry else folder / loaded.registry

@@ -7,6 +7,7 @@
     model.keras      weights and architecture
     model.onnx       … as ONNX Runtime runs it
     model.tflite     … as LiteRT runs it, where the model converts
+    compressed.*     a smaller or faster form, where the project has `compress`, and compress.json: how it was chosen
     model.sig        OpenSSF Model Signing over all of the above (EC P-256)
     key.wrapped      where the project says `train.encrypt`: all of the above but bundle.json are sealed (`cluster.sealed`)
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from .. import __version__
 from ..cluster.keys import KeyStore
-from ..cluster.sealed import KEY_FILE, Seal, create
+from ..cluster.sealed import KEY_FILE, Seal, create, read
 from ..cluster.storage import in_memory, read_json, write_json
 from ..errors import BundleError, SignatureError
 
@@ -41,7 +42,7 @@ def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], ke
             shutil.copyfile(part, folder / part.name)
         else:
             with create(folder / part.name, seal) as out:
-                out.write(part.read_bytes())
+                out.write(read(part, Seal.of(part.parent, keys)))
     note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage}
     write_json(folder / "bundle.json", note)
     with in_memory(keys.signing_key(), "signing.key") as private:

@@ -1,9 +1,6 @@
 """Check: everything that can be wrong with a project before anything starts."""
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Feature, Schema
 from ..datasets.sources import FunctionSource, open_source
 from ..project import Project
+from .display import silenced
 from .prepare import sniff
 
 
@@ -21,7 +19,7 @@ def check(project: Project, base: Path) -> list[str]:
         if isinstance(open_source(project.data, base), FunctionSource):
             cluster.start()  # a Ray Dataset can be looked at by Ray alone
         schema, preprocessing = sniff(project.data, base)
-    with _silenced():
+    with silenced():
         import keras  # noqa: F401
     from .model import build, compile_parts
     from .run import key_store, registry
@@ -29,7 +27,7 @@ def check(project: Project, base: Path) -> list[str]:
 
     own = project.model
     if own.start:
-        found = find(own.start, base, key_store(project, base, base / "runs" / "default"), registry(project, base))
+        found = find(own.start.model, base, key_store(project, base, base / "runs" / "default"), registry(project, base))
         own = own.started_from(found)
     model = build(own, schema, base)
     compile_parts(project.train, schema)
@@ -41,20 +39,6 @@ def check(project: Project, base: Path) -> list[str]:
         f"train    {project.train.epochs} epochs, {project.train.workers} workers, batches of {project.train.batch_size}",
         "ok",
     ]
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """TensorFlow's C++ prints to the terminal when it is loaded, whatever its log level."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    kept = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _trains(model: Any) -> str:

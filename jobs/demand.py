@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from ..cluster.fit import Bundle, Demand, most
+from ..cluster.fit import Bundle, Demand, fit, most
+from ..cluster.runtime import joined
 from ..cluster.spec import Capacity
 from ..project import Data, Project, Serve, Train
 
 MOST_PARALLEL = 4
-"""Trials at a time, where the project does not say."""
+"""Trials or recipes at a time, where the project does not say."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,24 @@ def worker_bundle(train: Train, gpus: float) -> Bundle:
     return bundle
 
 
+def room(train: Train, wanted: int | None) -> tuple[Bundle, int, int]:
+    """For trainings side by side on the cluster that is there: (what a worker takes, workers of one, how many at a time)."""
+    import ray
+
+    capacity = joined()
+    workers = train.fewest_workers * (train.pipeline.stages if train.pipeline else 1)
+    gpus = capacity.gpus if capacity else ray.cluster_resources().get("GPU", 0)
+    each = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), gpus)
+    most_wanted = wanted or MOST_PARALLEL
+    if capacity:
+        gang = Demand((each,) * workers, train.resources.placement)
+        fits = (n for n in range(most_wanted, 0, -1) if not fit(capacity, [gang] * n).unplaced)
+        return each, workers, next(fits, 1)
+    there = ray.cluster_resources()
+    fitting = min((int(there.get(name, 0) / (workers * amount)) for name, amount in each.items()), default=most_wanted)
+    return each, workers, max(1, min(most_wanted, fitting))
+
+
 def asked(project: Project, capacity: Capacity) -> list[Asked]:
     """By stage, in the order of the run. What can shrink to the cluster (preparation, elastic training) asks for what fits."""
     train, found = project.train, []
@@ -36,12 +55,15 @@ def asked(project: Project, capacity: Capacity) -> list[Asked]:
     found.append(Asked("prepare", _count(len(tasks.bundles), "task"), (tasks,)))
     bundle = worker_bundle(train, capacity.gpus)
     training, who = _training(train, bundle, capacity)
+    one = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), capacity.gpus)
+    trial, of = Demand((one,) * train.fewest_workers, train.resources.placement), _count(train.fewest_workers, "worker")
     if project.tune:
-        one = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), capacity.gpus)
-        trial = Demand((one,) * train.fewest_workers, train.resources.placement)
         trials = min(project.tune.parallel or MOST_PARALLEL, project.tune.trials)
-        found.append(Asked("tune", f"{trials} trials of {_count(train.fewest_workers, 'worker')}", (trial,) * trials))
+        found.append(Asked("tune", f"{trials} trials of {of}", (trial,) * trials))
     found.append(Asked("train", who, (training,)))
+    if project.compress:
+        recipes = min(project.compress.parallel or MOST_PARALLEL, len(project.compress.recipes))
+        found.append(Asked("compress", f"{_count(recipes, 'recipe')} of {of}", (trial,) * recipes))
     if replica := replica_bundle(project.serve):
         replicas = project.serve.most_replicas
         found.append(Asked("serve", _count(replicas, "replica"), (Demand((replica,) * replicas),)))

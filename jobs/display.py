@@ -1,9 +1,11 @@
 """What a person sees while a run works: a bar a stage on a terminal, a line a stage in a pipe."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -61,6 +63,27 @@ class Display:
         self._progress.update(self._progress.add_task(name, total=1, note="reused"), completed=1)
         if not self.console.is_terminal:
             self.console.print(f"{name}: reused")
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """TensorFlow's and LiteRT's C++ print to the terminal when they are loaded, whatever their log level."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def form_table(head: tuple[str, ...], rows: list[list[str]]) -> Table:
+    made = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        made.add_row(*row, style="bold" if row[-1] == "chosen" else None)
+    return made
 
 
 def stage_table(stages: list[dict]) -> Table:

@@ -12,6 +12,7 @@ models that they load to their maker unless ORT_DISABLE_TELEMETRY is set when th
 can happen.
 """
 
+import json
 import logging
 import os
 import time
@@ -31,9 +32,13 @@ from ..errors import BundleError
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 log = logging.getLogger("heliograph")
 Kind = Literal["onnx", "litert", "tensorflow", "keras"]
+Wanted = Literal[Kind, "auto", "compressed"]
 Forward = Callable[[dict[str, np.ndarray]], np.ndarray]
 TOLERANCE = 1e-4
 """How far an engine's outputs may be from ONNX Runtime's, of their largest."""
+RUNTIMES: tuple[Kind, ...] = ("onnx", "litert")
+COMPRESSED, TABLE = "compressed", "compress.json"
+"""What the files of a bundle's compressed form are called, and what tells how it was chosen."""
 MOST_PADDED = 1024
 """Rows of a call of an engine that is built anew for each size."""
 
@@ -44,35 +49,64 @@ class Engine:
     needs, KeyStoreError and SealError when it cannot be opened."""
 
     def __init__(
-        self, models: Path, prepared: Path, threads: int | None = None, kind: Kind = "onnx", keys: KeyStore | None = None
+        self,
+        models: Path,
+        prepared: Path,
+        threads: int | None = None,
+        kind: Kind = "onnx",
+        keys: KeyStore | None = None,
+        form: str = "model",
     ):
-        self.kind = kind
+        self.kind, self.form = kind, form
         described = Seal.of(prepared, keys)
         self.schema = Schema.model_validate_json(read(prepared / "schema.json", described))
         self.preprocessing = Preprocessing.model_validate_json(read(prepared / "preprocess.json", described))
-        file = models / FILES[kind]
+        file = models / FILES[kind].replace("model", form)
         if not file.is_file():
             raise BundleError(f"{models}: holds no {file.name}, which the engine `{kind}` needs")
         opens = {"onnx": _onnx, "litert": _litert, "tensorflow": _tensorflow, "keras": _keras}
         self._forward = opens[kind](read(file, Seal.of(models, keys)), threads or os.cpu_count() or 1, self.schema)
 
     @classmethod
-    def fastest(cls, bundle: Path, threads: int, kind: Kind | Literal["auto"] = "auto", keys: KeyStore | None = None) -> "Engine":
-        """The engine of a kind; `auto`: whichever of ONNX Runtime and LiteRT answers one row sooner, if both agree."""
-        if kind != "auto":
-            return cls(bundle, bundle, threads, kind, keys)
+    def fastest(cls, bundle: Path, threads: int, wanted: Wanted = "auto", keys: KeyStore | None = None) -> "Engine":
+        """Whichever of `allowed` answers one row soonest, here and now."""
+        seconds = {engine: engine.measure() for engine in cls.allowed(bundle, threads, wanted, keys)}
+        log.info("engines: %s", ", ".join(f"{e} {1e6 * s:.0f} µs a row" for e, s in seconds.items()))
+        return min(seconds, key=seconds.__getitem__)
+
+    @classmethod
+    def allowed(cls, bundle: Path, threads: int, wanted: Wanted = "auto", keys: KeyStore | None = None) -> list["Engine"]:
+        """The engines that may answer for a bundle. `auto`: ONNX Runtime, LiteRT where it answers the same, and the compressed
+        form, which was held against the model and `compress.require` when it was made; that one alone where the original does
+        not meet those. `compressed`: that one."""
+        if wanted == "auto" or wanted == "compressed":  # noqa: PLR1714  pyright narrows it so
+            small: Kind | None = next((k for k in RUNTIMES if (bundle / FILES[k].replace("model", COMPRESSED)).is_file()), None)
+            if wanted == "compressed" and small is None:
+                raise BundleError(
+                    f"{bundle}: holds no compressed form: write `compress:` into the project file, or `engine: auto`"
+                )
+            if small is None:
+                return cls._agreeing(bundle, threads, keys)
+            table = json.loads(read(bundle / TABLE, Seal.of(bundle, keys)))
+            others = cls._agreeing(bundle, threads, keys) if wanted == "auto" and table["original_serves"] else []
+            return [cls(bundle, bundle, threads, small, keys, COMPRESSED), *others]
+        return [cls(bundle, bundle, threads, wanted, keys)]
+
+    @classmethod
+    def _agreeing(cls, bundle: Path, threads: int, keys: KeyStore | None) -> list["Engine"]:
+        """ONNX Runtime, and LiteRT where it answers the same."""
         reference = cls(bundle, bundle, threads, keys=keys)
         if not (bundle / FILES["litert"]).is_file():
-            return reference
+            return [reference]
         other = cls(bundle, bundle, threads, "litert", keys)
         sample = reference.zeros(32, random=True)
         expected, found = reference.forward(sample), other.forward(sample)
         gap = float(np.abs(expected - found).max() / max(1.0, np.abs(expected).max()))
-        seconds = {engine: engine.measure() for engine in (reference, other)}
-        chosen = other if gap <= TOLERANCE and seconds[other] < seconds[reference] else reference
-        told = ", ".join(f"{e.kind} {1e6 * s:.0f} µs" for e, s in seconds.items())
-        log.info("engine %s: %s a row; they differ by %.1e", chosen.kind, told, gap)
-        return chosen
+        log.info("onnx and litert differ by %.1e", gap)
+        return [reference, other] if gap <= TOLERANCE else [reference]
+
+    def __str__(self) -> str:
+        return f"{self.kind} (compressed)" if self.form == COMPRESSED else self.kind
 
     def predict(self, features: Columns) -> np.ndarray:
         """Features by name, as the schema's kinds have them, to outputs `[rows, schema.outputs]`."""
@@ -163,7 +197,7 @@ def _means(tensor: str, name: str) -> bool:
 
 
 def _keras(content: bytes, threads: int, schema: Schema) -> Forward:
-    model = _loaded(content)
+    model = loaded(content)
 
     def forward(inputs: dict[str, np.ndarray]) -> np.ndarray:
         return np.asarray(model(next(iter(inputs.values())) if len(inputs) == 1 else inputs, training=False))
@@ -174,7 +208,7 @@ def _keras(content: bytes, threads: int, schema: Schema) -> Forward:
 def _tensorflow(content: bytes, threads: int, schema: Schema) -> Forward:
     import tensorflow as tf
 
-    model = _loaded(content)
+    model = loaded(content)
     specs = {name: tf.TensorSpec([None, *shape], tf.float32) for name, shape in schema.inputs.items()}
     alone = len(specs) == 1
     function: Any = tf.function(
@@ -192,7 +226,20 @@ def _tensorflow(content: bytes, threads: int, schema: Schema) -> Forward:
     return forward
 
 
-def _loaded(content: bytes) -> Any:
+def keras_model(place: Path, keys: KeyStore | None) -> Any:
+    """The Keras model of a folder, or in a `.keras` file. Raises BundleError, SealError."""
+    file = place / FILES["keras"] if place.is_dir() else place
+    return called(loaded(read(file, Seal.of(file.parent, keys))))
+
+
+def called(model: Any) -> Any:
+    """The same: Keras exports no model that was never called."""
+    rows = {tensor.name: np.zeros((1, *tensor.shape[1:]), np.float32) for tensor in model.inputs}
+    model(rows if len(rows) > 1 else next(iter(rows.values())), training=False)
+    return model
+
+
+def loaded(content: bytes) -> Any:
     import keras
 
     try:

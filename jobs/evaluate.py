@@ -6,7 +6,7 @@ answer requests; scikit-learn computes them.
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 from ..cluster.keys import KeyStore
 from ..cluster.storage import write_json
 from ..datasets import shards
+from ..datasets.ingest import Part
 from ..datasets.schema import Schema, to_numpy
-from ..datasets.shards import TARGET, Manifest
+from ..datasets.shards import TARGET, Manifest, SplitName
 from .engine import Engine
 
 
@@ -38,9 +39,31 @@ def evaluate(
     outputs = np.concatenate([f["outputs"] for f in found])
     update("computing metrics")
     schema = Schema.read(prepared)
-    write_json(
-        folder / "metrics.json", classification(target, outputs, schema) if schema.classes else regression(target, outputs)
-    )
+    write_json(folder / "metrics.json", figures(target, outputs, schema))
+
+
+def figures(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> dict[str, Any]:
+    """Of the schema's task."""
+    return classification(target, outputs, schema) if schema.classes else regression(target, outputs)
+
+
+def judged(engine: Engine, prepared: Path, split: SplitName, keys: KeyStore | None) -> dict[str, Any]:
+    """Figures of a split, computed in this process; none for one without rows."""
+    manifest = Manifest.read(prepared)
+    if not manifest.rows(split):
+        return {}
+    targets, outputs = [], []
+    if split == "test":
+        for target, output in _of_files(engine, [prepared / s.file for s in manifest.splits["test"]], keys):
+            targets.append(target)
+            outputs.append(output)
+    else:
+        part = Part(prepared, manifest, split, keys, 0, 1, 1, None)
+        for window in range(part.windows):
+            columns = part.read_window(window, 1)
+            targets.append(columns[TARGET])
+            outputs.append(engine.forward({name: columns[name] for name in engine.schema.inputs}))
+    return figures(np.concatenate(targets), np.concatenate(outputs), engine.schema)
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,14 +75,16 @@ def _predict(
     batch: dict[str, Any], files: list[Path], prepared: Path, trained: Path, keys: KeyStore | None, sealing: KeyStore
 ) -> dict[str, Any]:
     engine = _engine(trained, prepared, sealing.folder)
-    targets, outputs = [], []
-    for number in batch["id"]:
-        file = files[int(number)]
+    targets, outputs = zip(*_of_files(engine, [files[int(number)] for number in batch["id"]], keys), strict=True)
+    return {"target": np.concatenate(targets), "outputs": np.concatenate(outputs)}
+
+
+def _of_files(engine: Engine, files: list[Path], keys: KeyStore | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Targets and outputs of raw shards."""
+    for file in files:
         with shards.open_shard(file, keys) as shard:
             table = shards.read_table(shard, file)
-        targets.append(to_numpy(table.column(TARGET)))
-        outputs.append(engine.predict(engine.schema.columns(table)))
-    return {"target": np.concatenate(targets), "outputs": np.concatenate(outputs)}
+        yield to_numpy(table.column(TARGET)), engine.predict(engine.schema.columns(table))
 
 
 def classification(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..project import Project
+from .engine import TABLE
 from .stages import Run
 from .watch import METRICS, read_lines
 
@@ -18,6 +19,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "seconds": round(sum(s["seconds"] for s in run.stages if not s["reused"]), 2),
         "test": read_json(run["evaluate"] / "metrics.json"),
         "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) == 1},
+        "compress": read_json(run["compress"] / TABLE) if project.compress else None,
         "request": read_json(asked) if (asked := run["predict"] / "request.json").exists() else None,
         "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
     }
@@ -41,7 +43,71 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"sealed request: predicted {request['prediction']}{sure}, truth {request['truth']}; "
             f"differs from the local model by {request['gap_to_local_model']:.1e}"
         )
+    if report["compress"]:
+        said.append(_chosen(report["compress"]))
     return said
+
+
+def forms(note: dict[str, Any], short: bool = False) -> tuple[tuple[str, ...], list[list[str]]]:
+    """(head, rows) of the forms that a model was compressed to. short: for a terminal."""
+    metric = "accuracy" if "accuracy" in note["candidates"][0]["test"] else "r2"
+    head = (
+        "form",
+        "KiB",
+        "size",
+        "gzip",
+        f"{metric} ({note['judged_by']})",
+        "test",
+        "1 row p50 / p99 ms",
+        "32 rows",
+        "",
+        "verdict",
+    )
+    rows = []
+    for row in note["candidates"]:
+        times, figures = row["latency_ms"], row["figures"]
+        verdict = "chosen" if row["name"] == note["chosen"] else "meets it" if row["meets"] else "; ".join(row["missed"])
+        rows.append([
+            row["name"], f"{row['bytes'] / 1024:.0f}", f"{figures['size']:.2f}×", f"{figures['gzip']:.2f}×",
+            f"{figures[metric]:.4f}", f"{row['test'][metric]:.4f}", f"{times['p50_1']:.3f} / {times['p99_1']:.3f}",
+            f"{times['p50_32']:.3f} / {times['p99_32']:.3f}", row["engine"], verdict,
+        ])  # fmt: skip
+    if short:
+        head = ("form", "KiB", "size", metric, "test", "ms a row", "verdict")
+        rows = [[*row[:3], *row[4:6], row[6].split()[0], row[-1]] for row in rows]
+    return head, rows
+
+
+def _chosen(note: dict[str, Any]) -> str:
+    if note["chosen"] is None:
+        return "compressed: no form meets compress.require, so the bundle has the original alone"
+    row = next(row for row in note["candidates"] if row["name"] == note["chosen"])
+    figures, metric = row["figures"], "accuracy" if "accuracy" in row["test"] else "r2"
+    return (
+        f"compressed: `{row['name']}` has {figures['size']:.2f} of the size and {figures['latency']:.2f} of the time, "
+        f"test {metric} {row['test'][metric]:.4f}"
+    )
+
+
+def _compression(note: dict[str, Any]) -> str:
+    head, rows = forms(note)
+    metric = "accuracy" if "accuracy" in note["candidates"][0]["test"] else "r2"
+    values = [
+        {"form": row["name"], "KiB": row["bytes"] / 1024, metric: row["test"][metric], "milliseconds": row["latency_ms"]["p50_1"]}
+        for row in note["candidates"]
+    ]
+    place = {
+        "x": {"field": "KiB", "type": "quantitative", "scale": {"type": "log"}},
+        "y": {"field": metric, "type": "quantitative", "scale": {"zero": False}, "title": f"test {metric}"},
+    }
+    size = {"field": "milliseconds", "type": "quantitative", "title": "ms a row"}
+    points = {"mark": {"type": "circle", "color": "#4c86c6", "opacity": 0.7}, "encoding": {**place, "size": size}}
+    names = {"mark": {"type": "text", "dy": -12, "color": _INK}, "encoding": {**place, "text": {"field": "form"}}}
+    drawn = svg({"layer": [points, names], "data": {"values": values}, "width": 560, "height": 260})
+    required = ", ".join(f"{name} {limit}" for name, limit in note["require"].items())
+    return (
+        f"<h2>Compression</h2><p>{html.escape(_chosen(note))}. Required: {html.escape(required)}.</p>{drawn}{table(head, rows)}"
+    )
 
 
 def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) -> str:
@@ -76,6 +142,8 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
             for c in test["classes"]
         ]
         parts.append(table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
+    if report["compress"]:
+        parts.append(_compression(report["compress"]))
     parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
     return page(report["name"], "".join(parts))
 

@@ -173,7 +173,7 @@ def starting(project: Project, base: Path, run: Run) -> tuple[list[Stage], Model
     start = project.model.start
     if start is None:
         return [], project.model
-    found = transfer.find(start, base, key_store(project, base, run.folder), registry(project, base))
+    found = transfer.find(start.model, base, key_store(project, base, run.folder), registry(project, base))
 
     def work(folder: Path) -> None:
         for text in transfer.take(found, run["prepare"], folder):
@@ -202,6 +202,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
         parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
+        parts += sorted(run["compress"].glob("compress*.*")) if project.compress else []
         lineage = {
             "source": project.data.source,
             "data": run.fingerprints["prepare"],
@@ -217,6 +218,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
     if project.data.augment:
         trained_by["augment"] = project.data.augment.model_dump()
+    smaller = [_compression(project, base, run)] if project.compress else []
     for stage in (
         preparation(project, base, run),
         *start,
@@ -227,7 +229,8 @@ def execute(project: Project, base: Path, run: Run) -> int:
             {},
             lambda folder: evaluate(run["prepare"], run["train"], sealing, keys, folder, update),
         ),
-        Stage("bundle", ("prepare", "train", "evaluate"), {"name": project.name}, do_bundle),
+        *smaller,
+        Stage("bundle", ("prepare", "train", "evaluate", *(s.name for s in smaller)), {"name": project.name}, do_bundle),
     ):
         run.execute(stage)
     models = registry(project, base)
@@ -236,6 +239,14 @@ def execute(project: Project, base: Path, run: Run) -> int:
     if version not in known:
         Audit(keys).write("publish", f"{project.name}@{version}")
     return version
+
+
+def _compression(project: Project, base: Path, run: Run) -> Stage:
+    from .compress import compress
+
+    assert project.compress
+    settings = project.compress.model_dump(exclude={"parallel"})
+    return Stage("compress", ("prepare", "train"), settings, lambda folder: compress(project, base, run, folder))
 
 
 def code_of(base: Path) -> str:

@@ -358,12 +358,11 @@ class Stage:
         """Write model.keras and model.onnx of the whole model: (their difference, parameters)."""
         import keras
 
-        from .worker import export
+        from .export import export
 
         keras.mixed_precision.set_global_policy("float32")
         plain = build(self.job.model, self.schema, self.job.project)
         for variable, value in zip(plain.variables, values, strict=False):
             variable.assign(value)
-        split = "validation" if self.manifest.rows("validation") else "train"
-        rows = Part(self.job.prepared, self.manifest, split, self.job.keys, 0, 1, self.job.batch_size, None)
-        return export(plain, rows, self.job), plain.count_params()
+        job = self.job
+        return export(plain, job.prepared, job.keys, job.folder, job.seal), plain.count_params()

@@ -84,6 +84,7 @@ class Steps:
     objective: (target, outputs) -> a loss a row. specs: (shape of a row of each input, the target's type).
     augment: how a step's rows are varied, and which inputs are ids of words.
     split: how many pieces a rank's rows of a step are computed in.
+    guided: what calls the model on rows that it trains on and adds a loss a row, and the share that the objective keeps.
     """
 
     def __init__(  # noqa: PLR0915  one closure, which is what TensorFlow compiles
@@ -100,6 +101,7 @@ class Steps:
         scale: Any = None,
         xla: bool = False,
         augment: tuple[Augment | None, tuple[str, ...]] = (None, ()),
+        guided: tuple[Callable[[Any], tuple[Any, Any]] | None, float] = (None, 1.0),
     ):
         import tensorflow as tf
 
@@ -135,15 +137,20 @@ class Steps:
 
         def forward(rows: Any, training: bool) -> tuple[Any, Any]:
             inputs, target, weight, *other = rows
-            outputs = tf.cast(model(fed(inputs), training=training), tf.float32)
+            guide, labels = guided
+            if guide is None or not training:
+                outputs, added, labels = tf.cast(model(fed(inputs), training=training), tf.float32), 0.0, 1.0
+            else:
+                outputs, added = guide(fed(inputs))
 
             def losses(target: Any) -> Any:
                 return objective(target[:, None] if one_value else target, outputs)
 
+            of_labels = losses(target)
             if other:
                 share, target_of_other = other
-                return weight * (share * losses(target) + (1 - share) * losses(target_of_other)), outputs
-            return weight * losses(target), outputs
+                of_labels = share * of_labels + (1 - share) * losses(target_of_other)
+            return labels * weight * of_labels + added, outputs
 
         def varied(rows: Any, draws: Any) -> Any:
             """A whole step's rows, as they are trained on."""

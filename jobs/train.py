@@ -120,9 +120,8 @@ def _batch_size(job: Job, resources: dict[str, float], update: Callable[..., Non
     if not found.exists():
         update("finding the largest batch that fits")
         here = min(job.train.fewest_workers, max(1, int(ray.nodes()[0]["Resources"].get("CPU", 1))))
-        trial: Any = ray.remote(largest_batch).options(
-            max_calls=1, num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0)
-        )
+        once: Any = ray.remote(max_calls=1)(largest_batch)  # TensorFlow keeps what it found no room for
+        trial = once.options(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))
         write_json(found, ray.get(trial.remote(job.train, job.model, job.project, job.prepared, here)))
     return read_json(found)
 

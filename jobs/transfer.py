@@ -40,10 +40,9 @@ MOST_NAMED = 12
 # Where it comes from
 
 
-def find(start: Start, base: Path, keys: KeyStore, models: Registry) -> Path:
-    """The folder that holds the model, or the `.keras` file. Raises ModelError, RegistryError, SignatureError."""
-    where = f"{FILE}: model.start.model"
-    place = (base / Path(start.model).expanduser()).resolve()
+def find(address: str, base: Path, keys: KeyStore, models: Registry, where: str = f"{FILE}: model.start.model") -> Path:
+    """The folder that holds the model of that address, or the `.keras` file. Raises ModelError, RegistryError, SignatureError."""
+    place = (base / Path(address).expanduser()).resolve()
     if place.suffix == ".keras":
         if not place.is_file():
             raise ModelError(f"{where}: {place}: there is no such file")
@@ -53,7 +52,7 @@ def find(start: Start, base: Path, keys: KeyStore, models: Registry) -> Path:
         if found is None:
             raise ModelError(f"{where}: {place}: holds no {SOURCE}, and no run that has a bundle")
     else:
-        found = _registered(start.model, models, where)
+        found = _registered(address, models, where)
         verify(found, keys.public_key())
     if (found / KEY_FILE).exists():
         raise ModelError(f"{where}: {found}: is sealed (`train.encrypt`): start from a model that is not")

@@ -20,8 +20,8 @@ from ..cluster.runtime import explained
 from ..cluster.sealed import KEY_FILE, Seal
 from ..errors import ModelError, RunError
 from ..project import Project
-from .backend import set_tf_config
 from .checkpoint import newest, step_of
+from .group import Group
 from .record import WHY, place
 from .train import train
 from .watch import METRICS, read_lines, write_lines
@@ -43,7 +43,7 @@ class Trial(Trainable):
 
     def setup(self, config: dict[str, Any], job: Job, here: int, each: Bundle) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.shared, self.here, self.each = job, here, each
-        self.group: _Group | None = None
+        self.group: Group | None = None
         self.thread: threading.Thread | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -106,7 +106,7 @@ class Trial(Trainable):
             work_as(job, 0, 1, self.here, self._goes_on)
             return
         if self.group is None:
-            self.group = _Group(ranks, self.each)
+            self.group = Group(ranks, self.each)
         self.group.begin(job, self.here)
         work_as(job, 0, ranks, self.here, self._goes_on)
         self.group.join()
@@ -155,60 +155,6 @@ class Trial(Trainable):
 
     def cleanup(self) -> None:
         self._end()
-
-
-class _Group:
-    """The ranks after rank 0, in actors that live as long as this one, in the trial's placement group."""
-
-    def __init__(self, ranks: int, each: Bundle):
-        import ray
-        from ray.train._internal.utils import get_address_and_port
-
-        actor: Any = ray.remote(_Rank).options(**options(each))
-        self.actors = [actor.remote() for _ in range(ranks - 1)]
-        self.working: list[Any] = []
-        found = [get_address_and_port(), *ray.get([a.address.remote() for a in self.actors])]
-        addresses = [f"{host}:{port}" for host, port in found]
-        ray.get([a.join.remote(addresses, rank) for rank, a in enumerate(self.actors, 1)])
-        set_tf_config(addresses, 0)
-
-    def begin(self, job: Job, here: int) -> None:
-        self.working = [a.work.remote(job, rank, len(self.actors) + 1, here) for rank, a in enumerate(self.actors, 1)]
-
-    def check(self) -> None:
-        """Raises what another rank failed of: then rank 0, which waits for it in an exchange, would wait for ever."""
-        import ray
-
-        failed, _ = ray.wait(self.working, num_returns=len(self.working), timeout=0) if self.working else ([], [])
-        if failed:
-            ray.get(failed)
-
-    def join(self) -> None:
-        import ray
-
-        ray.get(self.working)
-
-
-class _Rank:
-    def address(self) -> tuple[str, int]:
-        from ray.train._internal.utils import get_address_and_port
-
-        return get_address_and_port()
-
-    def join(self, addresses: list[str], rank: int) -> None:
-        set_tf_config(addresses, rank)
-
-    def work(self, job: Job, rank: int, ranks: int, here: int) -> None:
-        import keras
-
-        keras.backend.clear_session()
-        work_as(job, rank, ranks, here)
-
-
-def options(each: Bundle) -> dict[str, Any]:
-    """A bundle as Ray's options of an actor."""
-    rest = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
-    return {"num_cpus": each.get("CPU", 0), "num_gpus": each.get("GPU", 0), "resources": rest}
 
 
 def copied(other: Path, aside: Path) -> list[dict[str, Any]]:

@@ -14,12 +14,11 @@ from rich.console import Console
 
 from ..cluster import storage
 from ..cluster.bill import COST
-from ..cluster.fit import Demand, fit
-from ..cluster.runtime import joined, quieten
+from ..cluster.runtime import quieten
 from ..errors import ProjectError
 from ..project import FILE, Project
 from .choice import figure, said
-from .demand import MOST_PARALLEL, worker_bundle
+from .demand import room
 from .display import Display
 from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, WHY, Record, Trial, earlier, hashed, place
 from .run import key_store, preparation, starting
@@ -283,7 +282,7 @@ class Search:
 
         quieten()
         with run.display.stage("tune"):
-            each, processes, parallel = self._room()
+            each, processes, parallel = room(project.train, self.settings.parallel)
             keys = key_store(project, self.base, run.folder)
             sealing = keys if project.data.encrypt else None
             job = Job(project.name, project.train, project.model, self.base, Path(), sealing, self.trials, None, keys)
@@ -310,23 +309,6 @@ class Search:
             ).fit()  # fmt: skip
             shutil.rmtree(ray_folder, ignore_errors=True)
             self.close()
-
-    def _room(self) -> tuple[dict[str, float], int, int]:
-        """(what a worker takes, workers of a trial, trials at a time)."""
-        import ray
-
-        train, capacity, wanted = self.project.train, joined(), self.settings.parallel
-        workers = train.fewest_workers * (train.pipeline.stages if train.pipeline else 1)
-        gpus = capacity.gpus if capacity else ray.cluster_resources().get("GPU", 0)
-        each = worker_bundle(train.model_copy(update={"workers": train.fewest_workers}), gpus)
-        most = wanted or MOST_PARALLEL
-        if capacity:
-            gang = Demand((each,) * workers, train.resources.placement)
-            fits = (n for n in range(most, 0, -1) if not fit(capacity, [gang] * n).unplaced)
-            return each, workers, next(fits, 1)
-        there = ray.cluster_resources()
-        room = min((int(there.get(name, 0) / (workers * amount)) for name, amount in each.items()), default=most)
-        return each, workers, max(1, min(most, room))
 
 
 def late(curve: list[float]) -> float:

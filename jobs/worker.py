@@ -23,19 +23,21 @@ import psutil
 from ..cluster.keys import KeyStore
 from ..cluster.runtime import LOOPBACK, keep_on_loopback
 from ..cluster.sealed import Seal, create
-from ..cluster.storage import IN_MEMORY, write_json
+from ..cluster.storage import write_json
 from ..datasets.ingest import Part, blocks
 from ..datasets.schema import Schema
 from ..datasets.shards import Manifest
-from ..errors import ModelError, RunError
+from ..errors import RunError
 from ..project import Augment, Model, Train
 from .anomaly import Detector, load_models
 from .checkpoint import Checkpoints, forget_after, place, read
 from .course import judge, last_step, reached
 from .engine import Engine
+from .export import export
 from .model import build, compile_parts
 from .rate import rate
-from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim, fed, on_device
+from .shaping import Shrinking, shaped
+from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim
 from .transfer import ADAPTERS, adapters, merged, pace
 from .watch import BOARD, METRICS, Watch, write_lines
 
@@ -52,9 +54,6 @@ PROFILE_FROM = 20
 INTERRUPTED, ANOMALY = "interrupted", "anomaly"
 SUSPECT_STEPS = 5
 """How late an anomaly may be seen: younger checkpoints may hold it already."""
-EXPORT_ROWS = 256
-EXPORT_GAP = 1e-4
-"""How far ONNX may be from Keras: of a probability, or of the largest value where values are larger than 1."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,14 @@ class Job:
     """Epochs after which rank 0 asks whether the training goes on."""
     measured: tuple[str, ...] = ()
     """Of `parameters` and `latency_ms` (of a row in ONNX Runtime), what stands beside the figures of each epoch."""
+    shrinking: Shrinking | None = None
+    """The step of a recipe that this training is."""
+
+    def build(self, schema: Schema) -> Any:
+        """The model as the training begins with it."""
+        if self.shrinking:
+            return self.shrinking.model(schema, self.model, self.project)
+        return build(self.model, schema, self.project)
 
     @property
     def seal(self) -> Seal | None:
@@ -119,22 +126,25 @@ class _Rank:
         self.held_out = Part(job.prepared, self.manifest, "validation", job.keys, rank, ranks, 4 * batch, None)
         self.end = last_step(train, self.part.steps)
         with self.strategy.scope():
-            self.model = build(job.model, self.schema, job.project)
+            self.model = job.build(self.schema)
             schedule, self.factor = rate(train, self.end)
             parts = compile_parts(train, self.schema, self.manifest.class_rows, schedule)
             self.optimizer = parts.optimizer
-            if job.model.start:
+            if job.model.start and not job.shrinking:
                 pace(self.optimizer, self.model, job.model.start, self.part.steps)
+            self.shaping = shaped(job.shrinking, self.model, self.schema, self.end)
+            self.shaping.hook(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
             meters, scale = parts.meters(), LossScale() if train.precision == "mixed_float16" else None
         self.twins = parts.meters()
         """Meters outside the strategy, which turn the ranks' sums into figures."""
         state = [*self.model.variables, *self.optimizer.variables, self.factor]
         state += [scale.variable, scale.counter] if scale else []
+        state += self.shaping.variables
         specs = (self.schema.inputs, parts.target_dtype)
         self.steps = Steps(
             self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
-            (job.augment, self.schema.ids),
+            (job.augment, self.schema.ids), (self.shaping.guide, self.shaping.labels),
         )  # fmt: skip
         self.measured = self._measure() if rank == 0 and job.measured else {}
         self.watch: Watch | None = None
@@ -156,7 +166,7 @@ class _Rank:
         found = {"parameters": float(self.model.count_params())}
         if "latency_ms" in self.job.measured:
             logging.disable(logging.WARNING)
-            plain = build(self.job.model, self.schema, self.job.project)
+            plain = self.job.build(self.schema)
             with tempfile.TemporaryDirectory() as folder:
                 plain.export(Path(folder) / "model.onnx", format="onnx", verbose=False)
                 found["latency_ms"] = round(1000 * Engine(Path(folder), self.job.prepared, threads=1).measure(), 4)
@@ -231,9 +241,10 @@ class _Rank:
             block = next(feed)
             first = 0
             while first < block.steps:
-                count = min(count, block.steps - first)
+                count = min(count, block.steps - first, self.shaping.pause(self.step))
                 signals = self._call(block, first, count, feed)
                 first, self.step = first + count, self.step + count
+                self.shaping.grow(self.step)
                 self.rows += float(signals.steps[:, ROWS].sum())
                 self.checkpoints.hear(signals.hosts)
                 count = max(1, int(CALL_SECONDS / max(1e-6, float(signals.hosts[:, STEP].max()) or CALL_SECONDS)))
@@ -429,14 +440,15 @@ class _Rank:
             return
         # Outside the strategy's scope and in float32: a plain model with the same weights, which any Keras can load.
         keras.mixed_precision.set_global_policy("float32")
-        plain = build(job.model, self.schema, job.project)
+        plain = job.build(self.schema)
         plain.set_weights(self._exported())
-        if job.model.start and job.model.start.lora:
+        self.shaping.finish(plain)
+        if job.model.start and job.model.start.lora and not job.shrinking:
             with create(job.folder / ADAPTERS, job.seal) as out:
                 found: dict[str, Any] = {**adapters(plain)}
                 np.savez(out, **found)
             plain = merged(job.model.start, self.schema, plain)
-        gap = export(plain, self.held_out if self.held_out.rows else self.part, job)
+        gap = export(plain, job.prepared, job.keys, job.folder, job.seal)
         figures = {
             "workers": self.ranks,
             "weights_sha256": self.checkpoints.digests,
@@ -497,36 +509,3 @@ def _multi_worker() -> Any:
     if all(address.startswith(LOOPBACK) for address in json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"]):
         keep_on_loopback()
     return strategy
-
-
-def export(model: Any, rows: Part, job: Job) -> float:
-    """Save `model.keras`, `model.onnx` and, where the model converts, `model.tflite`; the largest difference of the first
-    two on real rows.
-
-    It is done here because TensorFlow is loaded here: its import takes longer than the export.
-    """
-
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY if job.seal else None) as made:
-        folder = Path(made)
-        gap = _export(model, rows, job, folder)
-        for file in folder.iterdir():
-            with create(job.folder / file.name, job.seal) as out:
-                out.write(file.read_bytes())
-    return gap
-
-
-def _export(model: Any, rows: Part, job: Job, folder: Path) -> float:
-    model.save(folder / "model.keras", include_optimizer=False)
-    logging.disable(logging.WARNING)
-    model.export(folder / "model.onnx", format="onnx", verbose=False)
-    columns = rows.read_window(0, 1)
-    inputs = {name: columns[name][:EXPORT_ROWS] for name in Schema.read(job.prepared).inputs}
-    own = np.asarray(model(fed({name: on_device(values) for name, values in inputs.items()})))
-    gap = float(np.abs(own - Engine(folder, job.prepared).forward(inputs)).max())
-    if gap > EXPORT_GAP * max(1.0, float(np.abs(own).max())):
-        raise ModelError(f"model.onnx answers differently from the Keras model, by {gap:.2g}")
-    try:
-        model.export(folder / "model.tflite", format="litert", verbose=False)
-    except Exception:  # operations that LiteRT does not have: ONNX Runtime serves such a model
-        (folder / "model.tflite").unlink(missing_ok=True)
-    return gap
