@@ -151,8 +151,6 @@ def _annotation(model: type[Section], key: Key, value: Any) -> Any:
     for part in key:
         value_here, value = value, _at(value, part)
         here = _member(here, value_here)
-        if get_origin(here) is list and not isinstance(part, int):
-            here = _member(get_args(here)[0], value_here)  # one that stands without a list
         if get_origin(here) in (list, dict):
             here = get_args(here)[-1]
         elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
@@ -166,6 +164,8 @@ def _member(annotation: Any, value: Any) -> Any:
     """Of a union, the member that has keys of its own; of a tagged one, that of `value`."""
     if get_origin(annotation) is Annotated and not _members(annotation):
         annotation = get_args(annotation)[0]
+    if get_origin(annotation) is list and isinstance(value, dict):
+        annotation = get_args(annotation)[0]  # one that stands without a list
     tagged = _members(annotation)
     if tagged:
         return next((m for tag, m in tagged.items() if isinstance(value, dict) and tag in value.values()), None)

@@ -8,6 +8,7 @@ import typer
 
 from .. import project
 from ..errors import ProjectError
+from ..recipes import Format
 from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder, with_port, with_registry
 
 
@@ -80,6 +81,33 @@ def run(
     typer.echo(f"model: {loaded.name}@{version} in {models}")
     serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
     typer.echo(f"report: {run_folder(folder, run) / 'report.html'}{serving}")
+
+
+@app.command()
+def export(
+    folder: ProjectFolder,
+    to: Annotated[Path, typer.Argument(help="A new folder.")],
+    format: Annotated[Format, typer.Option(help="What other programs load.")] = Format.SAVEDMODEL,
+    form: Annotated[str | None, typer.Option(help="A compressed form, by the name of its recipe.")] = None,
+    run: RunFolder = None,
+) -> None:
+    """Write a run's model for other programs: a SavedModel for TensorFlow Serving, ONNX, LiteRT or Keras.
+
+    It is held against the Keras model on real rows, and what it differs by is told.
+
+    Example:  heliograph export examples/digits digits-saved --format savedmodel
+    """
+    loaded = project.load(folder)
+    from ..jobs.display import silenced
+    from ..jobs.run import key_store
+    from ..jobs.take_out import take_out
+    from ..serve.access import require_role
+
+    held = run_folder(folder, run)
+    require_role(key_store(loaded, folder.resolve(), held), project.Verb.READ, loaded.name)
+    with silenced():
+        said = take_out(loaded, folder.resolve(), held, to, form, format)
+    typer.echo(said)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..cluster.fit import Bundle
+from ..cluster.keys import KeyStore
 from ..cluster.runtime import explained
 from ..cluster.sealed import Seal, create, read
 from ..cluster.storage import write_json
@@ -49,6 +50,12 @@ class Task:
     teachers: tuple[tuple[Path, ...], ...]
 
     @property
+    def last(self) -> Path:
+        """The folder of the Keras model that is converted."""
+        trained = [self.place(i) for i, step in enumerate(self.steps) if isinstance(step, Trains)]
+        return trained[-1] if trained else self.trained
+
+    @property
     def numbers(self) -> Numbers | None:
         return self.steps[-1] if isinstance(self.steps[-1], Numbers) else None
 
@@ -74,12 +81,12 @@ class Maker:
                     self._train(task, i, step, source)
                     source = task.place(i)
             if self.ranks == 1:
-                finish(task, source, began, self.here)
+                finish(task, began, self.here)
             else:  # not here: TensorFlow forms groups only where it has not computed yet
                 import ray
 
                 last: Any = ray.remote(num_cpus=0, max_calls=1)(finish)
-                ray.get(last.remote(task, source, began, self.here))
+                ray.get(last.remote(task, began, self.here))
         except Exception as error:
             found = explained(error)
             if isinstance(found, ModelError) and not isinstance(error, KeyboardInterrupt):
@@ -130,7 +137,7 @@ def settings(train: Train, step: Trains) -> Train:
     )
 
 
-def finish(task: Task, source: Path, began: float, here: int) -> None:
+def finish(task: Task, began: float, here: int) -> None:
     """From the last Keras model to what is served, and what there is to say about it."""
     import keras
 
@@ -139,7 +146,7 @@ def finish(task: Task, source: Path, began: float, here: int) -> None:
     keras.backend.clear_session()
     folder.mkdir(parents=True, exist_ok=True)
     seal = Seal.make(folder, job.sealing) if job.train.encrypt and job.sealing else None
-    model = keras_model(source, job.sealing)
+    model = keras_model(task.last, job.sealing)
     kinds: list[Kind]
     if numbers:
         kinds = [quantised(model, numbers, job.prepared, job.keys, folder, seal)]
@@ -202,7 +209,8 @@ def timings(forms: list[tuple[str, Path, Kind]], job: Job) -> list[dict[str, flo
     ]
 
 
-def put(file: Path, name: str, keys: Any, folder: Path) -> None:
-    """Copy a candidate's file into another folder, sealed there where that is."""
-    with create(folder / name, Seal.of(folder, keys)) as out:
+def put(file: Path, name: str, keys: KeyStore, folder: Path, sealed: bool) -> None:
+    """Copy a candidate's file into a new folder, which is sealed or not."""
+    folder.mkdir(exist_ok=True)
+    with create(folder / name, Seal.make(folder, keys) if sealed else None) as out:
         out.write(read(file, Seal.of(file.parent, keys)))

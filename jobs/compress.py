@@ -2,7 +2,7 @@
 
     RUN/candidates/HASH/       a candidate (`candidate.py`), named by what it is made of, so that a change of one recipe makes one
     RUN/compress/compress.json figures of the original and of each candidate, verdicts, what was chosen
-                 compressed.*  the chosen one's file, a variant of the model in the bundle
+                 form/compressed.*  the chosen one's file, a variant of the model in the bundle
 
 Candidates are chosen by the validation rows and described by the test rows too, so that the test figure of the chosen one is not
 the luckiest of many. Times are measured one after the other when nothing else runs, on one thread.
@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..cluster.sealed import Seal
 from ..cluster.storage import read_json, write_json
 from ..errors import ModelError
 from ..project import FILE, Project
@@ -29,7 +28,6 @@ from .watch import METRICS, STEPS, last_line
 from .worker import STOP_FILE, Job
 
 SECONDS_TO_STOP = 60
-SMALLER_IS_BETTER = ("drop", "size", "gzip", "latency", "latency_ms", "mae", "rmse")
 
 
 def compress(project: Project, base: Path, run: Run, folder: Path) -> None:
@@ -42,16 +40,13 @@ def compress(project: Project, base: Path, run: Run, folder: Path) -> None:
     forms = [("original", run["train"], read_json(made.originals))]
     forms += [(task.name, task.folder, read_json(task.folder / CANDIDATE)) for task in tasks]
     table = _timed(forms, tasks[0].job, run)
-    rows = [_judged(row, table[0], wanted) for row in table]
+    places = {name: str(place.relative_to(run.folder)) for name, place, _ in forms}
+    rows = [_judged(row | {"place": places[row["name"]]}, table[0], wanted) for row in table]
     good = [row for row in rows[1:] if row["meets"]]
     chosen = min(good, key=lambda row: row["figures"]["latency_ms" if wanted.prefer == "latency" else "size"], default=None)
-    keys = key_store(project, base, run.folder)
-    if project.train.encrypt:
-        Seal.make(folder, keys)
     if chosen:
-        file = FILES[chosen["engine"]]
-        place = next(task.folder for task in tasks if task.name == chosen["name"])
-        put(place / file, file.replace("model", COMPRESSED), keys, folder)
+        keys, file = key_store(project, base, run.folder), FILES[chosen["engine"]]
+        put(run.folder / chosen["place"] / file, file.replace("model", COMPRESSED), keys, folder / "form", project.train.encrypt)
     note = {
         "require": wanted.require,
         "prefer": wanted.prefer,
@@ -85,7 +80,7 @@ def _tasks(project: Project, base: Path, run: Run, wanted: Compress) -> list[Tas
             found = [transfer.find(address, base, keys, models, where) for address in named]
             teachers.append(tuple(found) or (run["train"].resolve(),))
         made_of = [run.fingerprints["train"], code_of(base), [s.model_dump() for s in steps], [_known(t) for t in teachers]]
-        place = (run.folder / "candidates" / hashed(made_of)).resolve()
+        place = run.folder / "candidates" / hashed(made_of)
         tasks.append(Task(name, tuple(steps), place, job, run["train"].resolve(), tuple(teachers)))
     return tasks
 

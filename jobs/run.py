@@ -26,7 +26,7 @@ from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
-from .engine import FILES
+from .engine import COMPRESSED, FILES, TABLE
 from .evaluate import evaluate
 from .prepare import prepare
 from .queue import PLACE, QUEUE, Place, turn
@@ -202,7 +202,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
         parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
-        parts += sorted(run["compress"].glob("compress*.*")) if project.compress else []
+        parts += [run["compress"] / TABLE, *run["compress"].glob(f"*/{COMPRESSED}.*")] if project.compress else []
         lineage = {
             "source": project.data.source,
             "data": run.fingerprints["prepare"],

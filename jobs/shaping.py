@@ -102,7 +102,7 @@ class _Pruning(Shaping):
         self.kernels = kernels(model, step.layers, where)
         if step.pattern:
             m = int(step.pattern.split(":")[1])
-            if short := next((k for k in self.kernels if _inputs(k) < m), None):
+            if (short := next((k for k in self.kernels if _inputs(k) < m), None)) is not None:
                 raise ModelError(f"{where}.pattern: `{short.path}` has {_inputs(short)} inputs, fewer than {m}: name `layers`")
         self.masks = [keras.Variable(np.ones(k.shape, np.float32), trainable=False, name="mask") for k in self.kernels]
         self.variables = tuple(self.masks)

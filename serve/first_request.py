@@ -13,6 +13,7 @@ from ..cluster.storage import write_json
 from ..datasets import shards
 from ..datasets.schema import Columns, Schema, to_instances, to_numpy
 from ..datasets.shards import TARGET, Manifest
+from ..jobs.display import silenced
 from ..jobs.engine import Engine
 from ..jobs.registry import Registry
 from ..jobs.run import key_store
@@ -41,9 +42,8 @@ def execute(project: Project, base: Path, run: Run) -> None:
             started = time.monotonic()
             answer = np.asarray(client.predict(row)[0])
             seconds = time.monotonic() - started
-        own = [
-            e.predict(columns)[0] for e in Engine.allowed(run["bundle"], 1, project.serve.engine, keys)
-        ]  # one of them answered
+        with silenced():  # one of these answered
+            own = [e.predict(columns)[0] for e in Engine.allowed(run["bundle"], 1, project.serve.engine, keys)]
         seen: dict[str, Any] = {"prediction": float(answer), "truth": float(truth)} if not schema.classes else {
             "prediction": schema.classes[int(answer.argmax())],
             "probability": float(answer.max()),

@@ -164,5 +164,5 @@ def test_every_mistake_is_a_line(tmp_path, source):
         (".", "holds"),
     ):
         with pytest.raises(HeliographError) as caught:
-            transfer.find(project.Start(model=model), tmp_path, KeyStore(tmp_path / "keys"), registry_at("registry", tmp_path))
+            transfer.find(model, tmp_path, KeyStore(tmp_path / "keys"), registry_at("registry", tmp_path))
         assert said in str(caught.value)
