@@ -251,6 +251,8 @@ class Data(Section):
     augment: Augment | None = None
     inputs: dict[str, list[str]] | None = None
     """The model's inputs and the columns of each (default: all numbers are `features`, everything else is its own)."""
+    unlabelled: bool = False
+    """Keep rows without a target, all in the training split: a student (`compress`, a step `distil`) learns there too."""
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.001
     """The share of rows that may be unusable before the run stops; they go to `quarantine.jsonl`."""
     shards: Annotated[int, Field(ge=1, le=4096)] = 8
@@ -642,6 +644,8 @@ class Project(Section):
         recipes = self.compress.recipes.values() if self.compress else ()
         if self.train.pipeline and any(isinstance(step, Trains) for steps in recipes for step in steps):
             raise ValueError("compress: a recipe cannot train the model of a pipeline: leave such steps out, or `train.pipeline`")
+        if self.data.unlabelled and (self.train.pipeline or (self.data.augment and self.data.augment.mixup)):
+            raise ValueError("data.unlabelled: neither a pipeline nor mixup can do with rows that have no target")
         if workers > self.data.shards:
             raise ValueError(
                 f"train.workers is {workers}, but data.shards is {self.data.shards}: "

@@ -20,7 +20,7 @@ import numpy as np
 from common import answer, child, finish
 from heliograph.datasets.ingest import Block
 from heliograph.jobs.anomaly import Detector
-from heliograph.jobs.steps import HOST, OWN, Feed, Steps
+from heliograph.jobs.steps import HOST, OWN, Feed, Objective, Steps
 
 WITHIN = {"strong": 5, "weak": 20}
 CLEAN_STEPS, TIMED_STEPS = 1500, 1500
@@ -74,7 +74,7 @@ def train(
     optimizer.build(model.trainable_variables)
     loss = keras.losses.sparse_categorical_crossentropy
     strategy = tf.distribute.get_strategy()
-    steps = Steps(model, loss, optimizer, [keras.metrics.Mean("loss")], strategy, ({"x": (64,)}, "int64"), 0, 1)
+    steps = Steps(model, Objective(loss), optimizer, [keras.metrics.Mean("loss")], strategy, ({"x": (64,)}, "int64"), 0, 1)
     host, found, done, order = np.zeros(HOST, np.float32), [], 0, rng.permutation(len(x))
     at_row = 0
     while done < count:

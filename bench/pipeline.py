@@ -95,7 +95,7 @@ class One:
         from heliograph.datasets.shards import Manifest
         from heliograph.jobs.model import build, compile_parts
         from heliograph.jobs.rate import rate
-        from heliograph.jobs.steps import HOST, Feed, Steps
+        from heliograph.jobs.steps import HOST, Feed, Objective, Steps
 
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -107,7 +107,9 @@ class One:
         parts = compile_parts(given.train, schema, [], rate(given.train, 10**6)[0])
         parts.optimizer.build(self.model.trainable_variables)
         specs = (schema.inputs, parts.target_dtype)
-        self.steps = Steps(self.model, parts.loss, parts.optimizer, parts.meters(), tf.distribute.get_strategy(), specs, 0, 1)
+        self.steps = Steps(
+            self.model, Objective(parts.loss), parts.optimizer, parts.meters(), tf.distribute.get_strategy(), specs, 0, 1
+        )
         part = Part(given.prepared, manifest, "train", None, 0, 1, BATCH, given.train.seed)
         self.feed, self.host = Feed(blocks(part, 0, 10**6), "CPU:0"), np.zeros(HOST, np.float32)
         self.left: deque = deque()

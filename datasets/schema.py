@@ -301,13 +301,14 @@ def number_target(column: pa.ChunkedArray, data: Data) -> bool:
 
 
 def targets(column: pa.ChunkedArray, data: Data, number: bool, bad: Bad) -> Column:
-    """The target as it is: float64, or Arrow strings; an empty or infinite one is noted in `bad`."""
+    """The target as it is: float64, or Arrow strings; an infinite one, or an empty one where all need one, is noted in `bad`."""
+    empty = column.is_null().to_numpy() | (_is_nan(column) if number else False)
+    if not data.unlabelled:
+        bad.add(empty, data.target, "empty")
     if not number:
-        bad.add(column.is_null().to_numpy(), data.target, "empty")
         return _cast(column, pa.string())
     values = numbers(column)
-    bad.add(column.is_null().to_numpy() | _is_nan(column), data.target, "empty")
-    bad.add(np.isnan(values), data.target, "not a number")
+    bad.add(np.isnan(values) & ~empty, data.target, "not a number")
     bad.add(np.isinf(values), data.target, "infinite")
     bad.add(np.abs(values) > LARGEST, data.target, "too large for float32")
     return values
@@ -350,13 +351,20 @@ class Labels:
         return tuple(sorted(v if text else int(v) for v in self.values))
 
 
+def without_target(column: Column) -> np.ndarray:
+    """Which rows have none: bool `[rows]`."""
+    return np.isnan(column) if isinstance(column, np.ndarray) else column.is_null().to_numpy(zero_copy_only=False)
+
+
 def class_index(column: Column, schema: Schema) -> np.ndarray:
-    """A target as int64 class indices, or float32 values."""
+    """A target as int64 class indices, or float32 values; -1 or NaN where there is none."""
     if schema.task == "regression":
         return np.asarray(column, np.float32)
     if isinstance(column, np.ndarray):
-        return np.searchsorted(np.array(schema.classes, np.float64), column).astype(np.int64)
-    return pc.index_in(column, pa.array(schema.classes)).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
+        found = np.searchsorted(np.array(schema.classes, np.float64), column)
+        return np.where(np.isnan(column), -1, found).astype(np.int64)
+    found = pc.index_in(column, pa.array(schema.classes))  # pyright: ignore[reportAttributeAccessIssue]
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def column_of(column: pa.ChunkedArray, kind: Kind) -> Column:

@@ -65,6 +65,13 @@ class Manifest(BaseModel):
     encrypted: bool
     class_rows: list[int] = []
     """Training rows of each class (classification)."""
+    unlabelled: int = 0
+    """Training rows without a target."""
+
+    @property
+    def labelled(self) -> float:
+        """The share of the training rows that have a target."""
+        return 1 - self.unlabelled / max(1, self.rows("train"))
 
     def rows(self, split: SplitName) -> int:
         return sum(s.rows for s in self.splits[split])
@@ -72,7 +79,9 @@ class Manifest(BaseModel):
     def of_train(self, share: float) -> "Manifest":
         """The same with a share of the training shards, one at least: rows drawn at random, since hashes place them."""
         every = self.splits["train"]
-        return self.model_copy(update={"splits": {**self.splits, "train": every[: max(1, round(share * len(every)))]}})
+        some = every[: max(1, round(share * len(every)))]
+        unlabelled = round(self.unlabelled * sum(s.rows for s in some) / max(1, self.rows("train")))
+        return self.model_copy(update={"splits": {**self.splits, "train": some}, "unlabelled": unlabelled})
 
     def write(self, folder: Path) -> None:
         write_json(folder / "manifest.json", self.model_dump())

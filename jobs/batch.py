@@ -15,7 +15,7 @@ from ..datasets.schema import Schema
 from ..datasets.shards import Manifest
 from ..project import Model, Train
 from .model import build, compile_parts
-from .steps import HOST, Feed, Steps
+from .steps import HOST, Feed, Objective, Steps
 
 SMALLEST = 32
 FEWEST_STEPS = 8
@@ -38,7 +38,7 @@ def largest_batch(train: Train, model: Model, project: Path, prepared: Path, her
     parts.optimizer.build(net.trainable_variables)
     specs = (schema.inputs, parts.target_dtype)
     strategy = tf.distribute.get_strategy()
-    steps = Steps(net, parts.loss, parts.optimizer, parts.meters(), strategy, specs, 0, 1, train.accumulate)
+    steps = Steps(net, Objective(parts.loss), parts.optimizer, parts.meters(), strategy, specs, 0, 1, train.accumulate)
     process = psutil.Process()
     budget = process.memory_info().rss + SHARE * psutil.virtual_memory().available / here
     workers, most = train.fewest_workers, max(SMALLEST, manifest.rows("train") // FEWEST_STEPS)

@@ -103,6 +103,8 @@ class Sorted(BaseModel):
     whole: bool
     classes: dict[str, int]
     """Training rows of each label."""
+    unlabelled: int
+    """Rows without a target, all of which are training rows."""
     bad: int
     reasons: list[tuple[str, str, str]]
     """(row, column, reason) of the bad ones."""
@@ -157,7 +159,10 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     write_bytes(folder / "profile.json", described.model_dump_json(indent=1).encode())
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
-    manifest = Manifest(splits=done, window=window, row_bytes=row_bytes, encrypted=keys is not None, class_rows=class_rows)
+    manifest = Manifest(
+        splits=done, window=window, row_bytes=row_bytes, encrypted=keys is not None, class_rows=class_rows,
+        unlabelled=sum(p.unlabelled for p in pieces),
+    )  # fmt: skip
     manifest.write(folder)
     shutil.rmtree(plan.rows)
     for record in folder.glob("*.done"):
@@ -295,11 +300,14 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
             columns = _taken(columns, np.flatnonzero(~bad.mask))
     bad_rows = len(reasons) + len(bad.reasons)
     reasons += [(chunk.name(row), *reason) for row, reason in sorted(bad.reasons.items())[:KEPT_REASONS]]
-    counts, raw, empty = [0] * (len(plan.edges) - 1), {}, {}
+    counts, raw, empty, unlabelled = [0] * (len(plan.edges) - 1), {}, {}, 0
     labels, classes, index = Labels(), {}, spill.Index(file="", ends=[])
     if columns and len(columns[TARGET]):
         features = {f.name: columns[f.name] for f in plan.features}
         hashes = shards.row_hashes(features, columns[TARGET], plan.data.split.seed)
+        none = schemas.without_target(columns[TARGET])
+        unlabelled = int(none.sum())
+        hashes = np.where(none, plan.first_train + hashes % (2**63 - plan.first_train), hashes)
         order = np.argsort(hashes, kind="stable")
         hashes, columns = hashes[order], _taken(columns, order)
         cuts = np.searchsorted(hashes, plan.edges[:-1])
@@ -317,7 +325,8 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
                 raw[feature.name] = statistics(values[train])
         labels.add(columns[TARGET])
         if len(labels.values) <= Labels.MOST:
-            found = schemas.arrow_column(columns[TARGET][train]).value_counts()
+            given = schemas.arrow_column(_some(columns[TARGET], np.flatnonzero(~none[order][train]) + train.start))
+            found = given.value_counts()
             classes = dict(zip(map(str, found.field(0).to_pylist()), found.field(1).to_pylist(), strict=True))
     return Sorted(
         index=index,
@@ -327,6 +336,7 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
         labels=list(labels.values),
         whole=labels.whole,
         classes=classes,
+        unlabelled=unlabelled,
         bad=bad_rows,
         reasons=reasons,
     )

@@ -33,6 +33,8 @@ RAMP = 0.7
 PAUSES = 100
 """Times that masks grow."""
 KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel", "recurrent_kernel")
+TABLES = ("embeddings",)
+"""What is looked up: it has no inputs, so no pattern among them."""
 SMALLEST = 1e-7
 
 
@@ -101,6 +103,8 @@ class _Pruning(Shaping):
         self.step, self.end = step, end
         self.kernels = kernels(model, step.layers, where)
         if step.pattern:
+            self.kernels = [kernel for kernel in self.kernels if kernel.name not in TABLES]
+        if step.pattern:
             m = int(step.pattern.split(":")[1])
             if (short := next((k for k in self.kernels if _inputs(k) < m), None)) is not None:
                 raise ModelError(f"{where}.pattern: `{short.path}` has {_inputs(short)} inputs, fewer than {m}: name `layers`")
@@ -155,7 +159,7 @@ def kernels(model: Any, patterns: list[str], where: str) -> list[Any]:
 
 
 def _kernels(layer: Any) -> Iterator[Any]:
-    return (v for v in layer.weights if v.name in KERNELS and len(v.shape) > 1)
+    return (v for v in layer.weights if v.name in (*KERNELS, *TABLES) and len(v.shape) > 1)
 
 
 def _all_kernels(model: Any) -> list[Any]:

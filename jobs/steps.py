@@ -78,19 +78,39 @@ class Signals:
         return bool((self.hosts[:, ORDER].astype(int) & bit).any())
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a step makes smaller."""
+
+    loss: Callable[[Any, Any], Any]
+    """(target, outputs) -> a loss a row."""
+    guide: Callable[[Any], tuple[Any, Any]] | None = None
+    """What calls the model on training rows in the place of the model itself, and adds a loss a row."""
+    labels: float = 1.0
+    """The share of `loss` where there is a guide."""
+    labelled: float = 1.0
+    """The share of the training rows that have a target."""
+
+
+def present(target: Any) -> Any:
+    """Which rows have a target: a class is -1, a number is NaN where there is none."""
+    import tensorflow as tf
+
+    return target >= 0 if target.dtype.is_integer else tf.math.is_finite(target)
+
+
 class Steps:
     """`train` and `evaluate` run blocks, `collect` sums what the ranks have; each is called by all ranks together.
 
-    objective: (target, outputs) -> a loss a row. specs: (shape of a row of each input, the target's type).
+    specs: (shape of a row of each input, the target's type).
     augment: how a step's rows are varied, and which inputs are ids of words.
     split: how many pieces a rank's rows of a step are computed in.
-    guided: what calls the model on rows that it trains on and adds a loss a row, and the share that the objective keeps.
     """
 
     def __init__(  # noqa: PLR0915  one closure, which is what TensorFlow compiles
         self,
         model: Any,
-        objective: Callable[[Any, Any], Any],
+        objective: Objective,
         optimizer: Any,
         meters: list[Any],
         strategy: Any,
@@ -101,7 +121,6 @@ class Steps:
         scale: Any = None,
         xla: bool = False,
         augment: tuple[Augment | None, tuple[str, ...]] = (None, ()),
-        guided: tuple[Callable[[Any], tuple[Any, Any]] | None, float] = (None, 1.0),
     ):
         import tensorflow as tf
 
@@ -137,20 +156,25 @@ class Steps:
 
         def forward(rows: Any, training: bool) -> tuple[Any, Any]:
             inputs, target, weight, *other = rows
-            guide, labels = guided
+            guide, added, scale_of_labels = objective.guide, 0.0, 1.0
             if guide is None or not training:
-                outputs, added, labels = tf.cast(model(fed(inputs), training=training), tf.float32), 0.0, 1.0
+                outputs = tf.cast(model(fed(inputs), training=training), tf.float32)
             else:
                 outputs, added = guide(fed(inputs))
+                scale_of_labels = objective.labels
+            if training and objective.labelled < 1:  # a loss of what has none is 0, and the others stand for it
+                given = present(target)
+                target, weight = tf.where(given, target, tf.zeros_like(target)), tf.where(given, weight, 0.0)
+                scale_of_labels /= objective.labelled
 
             def losses(target: Any) -> Any:
-                return objective(target[:, None] if one_value else target, outputs)
+                return objective.loss(target[:, None] if one_value else target, outputs)
 
             of_labels = losses(target)
             if other:
                 share, target_of_other = other
                 of_labels = share * of_labels + (1 - share) * losses(target_of_other)
-            return labels * weight * of_labels + added, outputs
+            return scale_of_labels * weight * of_labels + added, outputs
 
         def varied(rows: Any, draws: Any) -> Any:
             """A whole step's rows, as they are trained on."""
@@ -173,7 +197,12 @@ class Steps:
         def meter(target: Any, losses: Any, outputs: Any) -> None:
             meters[0].update_state(losses)
             for other in meters[1:]:
-                other.update_state(target, outputs)
+                if objective.labelled < 1:
+                    given = present(target)
+                    target = tf.where(given, target, tf.zeros_like(target))
+                    other.update_state(target, outputs, sample_weight=tf.cast(given, tf.float32))
+                else:
+                    other.update_state(target, outputs)
 
         def metered(rows: Any, everyone: Any) -> tuple[Any, Any]:
             gradients, losses, outputs = differentiate(rows, everyone)

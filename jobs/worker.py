@@ -37,7 +37,7 @@ from .export import export
 from .model import build, compile_parts
 from .rate import rate
 from .shaping import Shrinking, shaped
-from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Signals, Steps, claim
+from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Objective, Signals, Steps, claim
 from .transfer import ADAPTERS, adapters, merged, pace
 from .watch import BOARD, METRICS, Watch, write_lines
 
@@ -142,9 +142,10 @@ class _Rank:
         state += [scale.variable, scale.counter] if scale else []
         state += self.shaping.variables
         specs = (self.schema.inputs, parts.target_dtype)
+        objective = Objective(parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled)
         self.steps = Steps(
-            self.model, parts.loss, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
-            (job.augment, self.schema.ids), (self.shaping.guide, self.shaping.labels),
+            self.model, objective, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
+            (job.augment, self.schema.ids),
         )  # fmt: skip
         self.measured = self._measure() if rank == 0 and job.measured else {}
         self.watch: Watch | None = None

@@ -315,3 +315,36 @@ def test_a_profile_finds_drift_and_rows_that_are_nearly_the_same(cluster, tmp_pa
     assert sum(first["histogram"]) == pytest.approx(found["rows"]["train"], abs=2)
     assert first["mean"] == pytest.approx(0, abs=0.1)
     assert not any("differs" in w for w in found["warnings"])
+
+
+def test_rows_without_a_target_are_all_training_rows_where_the_project_says_so(tmp_path, cluster, silent):
+    """Numbers and text, half of them without one."""
+    import csv
+
+    from heliograph.datasets.ingest import Part
+
+    for name, target in (("text", ["a", "b", ""]), ("number", ["0", "1", "", "2"]), ("value", ["0.5", "1.25", ""])):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            out = csv.writer(file)
+            out.writerow(["x", "kind"])
+            out.writerows([[i * 0.37, target[i % len(target)]] for i in range(300)])
+        data = Data(source=f"{name}.csv", target="kind", unlabelled=True, shards=2, split=Split(test=0.2, validation=0.2))
+        folder = tmp_path / name
+        folder.mkdir()
+        prepare(data, tmp_path, None, folder, silent)
+        manifest, empty = Manifest.read(folder), 300 // len(target)
+        assert manifest.unlabelled == empty
+        assert sum(manifest.rows(split) for split in ("train", "validation", "test")) == 300
+        found = {
+            split: np.concatenate(
+                [Part(folder, manifest, split, None, 0, 1, 8, None).read_window(w, 1)[TARGET] for w in range(1)]
+            )
+            for split in ("train", "validation")
+        }
+        none = [np.isnan(t) if name == "value" else t == -1 for t in found.values()]
+        assert [int(n.sum()) for n in none] == [empty, 0]
+        if name != "value":
+            assert sum(manifest.class_rows) == manifest.rows("train") - empty
+            assert len(Schema.read(folder).classes) == len(target) - 1
+        with pytest.raises(DataError, match="cannot be used"):
+            prepare(data.model_copy(update={"unlabelled": False}), tmp_path, None, folder, silent)

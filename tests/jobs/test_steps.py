@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from heliograph.datasets import augment
 from heliograph.datasets.ingest import Block
-from heliograph.jobs.steps import HOST, LOSS, Feed, Steps
+from heliograph.jobs.steps import HOST, LOSS, Feed, Objective, Steps
 from heliograph.project import Augment
 
 
-def stepped(inputs: np.ndarray, target: np.ndarray, weight: np.ndarray, how: Augment | None = None) -> tuple[float, np.ndarray]:
+def stepped(
+    inputs: np.ndarray, target: np.ndarray, weight: np.ndarray, how: Augment | None = None, labelled: float = 1.0
+) -> tuple[float, np.ndarray]:
     """(the loss of one step of SGD on a linear model that begins at 0.5, its weights after it)."""
     import keras
     import tensorflow as tf
@@ -24,14 +26,25 @@ def stepped(inputs: np.ndarray, target: np.ndarray, weight: np.ndarray, how: Aug
     optimizer.build(model.trainable_variables)
     shapes = {"x": inputs.shape[1:]}
     steps = Steps(
-        model, keras.losses.mean_squared_error, optimizer, [keras.metrics.Mean("loss")], tf.distribute.get_strategy(),
-        (shapes, "float32"), 0, 1, augment=(how, ()),
+        model, Objective(keras.losses.mean_squared_error, labelled=labelled), optimizer, [keras.metrics.Mean("loss")],
+        tf.distribute.get_strategy(), (shapes, "float32"), 0, 1, augment=(how, ()),
     )  # fmt: skip
     draws = augment.draw(how, shapes, [np.arange(rows)], 1, (0, 1)) if how else {}
     block = Block({"x": inputs}, target, weight, np.array([0, rows], np.int32), np.array([rows], np.float32), draws)
     found = steps.train(next(Feed(iter([block]), "CPU:0")), 0, 1, np.zeros(HOST, np.float32))
     assert model.count_params() == width
     return float(found.steps[0, LOSS]), np.asarray(layer.kernel)[:, 0]
+
+
+def test_rows_without_a_target_have_no_loss_and_the_others_stand_for_them():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 3)).astype("f4"), rng.normal(size=16).astype("f4")
+    y[4:] = np.nan
+    ones = np.ones(16, "f4")
+    loss, kernel = stepped(x, y, ones, labelled=0.25)
+    alone, own = stepped(x[:4], y[:4], ones[:4])
+    assert loss == pytest.approx(alone, rel=1e-5)
+    np.testing.assert_allclose(kernel, own, rtol=1e-5)
 
 
 def test_a_rows_weight_multiplies_its_loss_and_its_gradient():
