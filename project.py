@@ -277,6 +277,8 @@ class Start(Section):
     `.keras` file, such as one that Keras Applications or Keras Hub has saved"""
     head: str | None = None
     """the layer that is replaced by a new one for this task, with all that comes after it (default: the last one with weights)"""
+    keep_head: bool = False
+    """nothing is replaced: the same classes, more training"""
     freeze: list[str] = []
     """patterns of names, such as `conv*`: these layers stay as they are (batch normalisation among them always does)"""
     unfreeze: dict[Annotated[int, Field(ge=1, strict=False)], list[str]] = {}
@@ -290,7 +292,19 @@ class Start(Section):
     def _lora_freezes(self):
         if self.lora and (self.freeze or self.unfreeze):
             raise ValueError("lora freezes everything but adapters and head: leave `freeze` and `unfreeze` out")
+        if self.head and self.keep_head:
+            raise ValueError("head names the layer that is replaced, keep_head replaces none: write one of them")
         return self
+
+
+class Fuse(Section):
+    """Models that become one, without training."""
+
+    members: Annotated[list[str], Field(min_length=2)]
+    """as in `model.start.model`: `NAME@VERSION`, the folder of a run or a bundle, a `.keras` file"""
+    by: Literal["mean", "weighted", "stacking", "soup", "greedy_soup"] = "mean"
+    """of the answers: their mean, one weighted by the validation rows, or what a model of them makes of it (`stacking`); of the
+    weights, where all members come from one ancestor: their mean (`soup`), or that of those that help (`greedy_soup`)"""
 
 
 class Model(Section):
@@ -300,6 +314,14 @@ class Model(Section):
     """Handed to `build` as `hp`."""
     start: Start | None = None
     """Begin with the weights of another model, a new head on them."""
+    fuse: Fuse | None = None
+    """Be made of other models, in the place of a training."""
+
+    @model_validator(mode="after")
+    def _is_made_one_way(self):
+        if self.start and self.fuse:
+            raise ValueError("a model starts from another or is fused of others: write `start` or `fuse`")
+        return self
 
     def started_from(self, place: Path) -> "Model":
         """The same, where what it starts from was found in a place; as it is, where it starts from nothing."""
@@ -641,6 +663,8 @@ class Project(Section):
         workers, batch = self.train.most_workers, self.train.batch_size
         if self.model.start and self.train.pipeline:
             raise ValueError("model.start: a pipeline cannot start from another model: leave `train.pipeline` out")
+        if self.model.fuse and (self.train.pipeline or self.tune):
+            raise ValueError("model.fuse: trains nothing: leave `train.pipeline` and `tune` out")
         recipes = self.compress.recipes.values() if self.compress else ()
         if self.train.pipeline and any(isinstance(step, Trains) for steps in recipes for step in steps):
             raise ValueError("compress: a recipe cannot train the model of a pipeline: leave such steps out, or `train.pipeline`")

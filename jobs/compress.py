@@ -21,9 +21,8 @@ from . import candidate, transfer
 from .candidate import CANDIDATE, Task, put
 from .demand import room
 from .engine import COMPRESSED, FILES, TABLE
-from .record import hashed
 from .run import code_of, key_store, registry
-from .stages import Run
+from .stages import Run, hashed
 from .watch import METRICS, STEPS, last_line
 from .worker import STOP_FILE, Job
 

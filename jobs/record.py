@@ -4,7 +4,6 @@ It is all that there is to know: a search that was killed goes on from it. A tri
 the metric are the same and its settings lie in the space, whatever was searched when it was made.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -124,7 +123,3 @@ def earlier(run: Path, record: Record, metric: str) -> tuple[list[tuple[Config, 
 def place(trials: Path, number: int) -> Path:
     """Where what a trial trained lies."""
     return trials / f"{number:04}"
-
-
-def hashed(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,17 +21,18 @@ from ..cluster.storage import read_json
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..errors import RunError
-from ..project import Model, Project
+from ..project import FILE, Model, Project
 from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
 from .engine import COMPRESSED, FILES, TABLE
 from .evaluate import evaluate
+from .fuse import Members, fuse, require_alike
 from .prepare import prepare
 from .queue import PLACE, QUEUE, Place, turn
 from .registry import Registry, registry_at
-from .stages import Run, Stage
+from .stages import Run, Stage, hashed
 from .train import Job, train
 
 log = logging.getLogger("heliograph")
@@ -183,6 +184,19 @@ def starting(project: Project, base: Path, run: Run) -> tuple[list[Stage], Model
     return [stage], project.model.started_from(run["start"].resolve())
 
 
+def fusing(project: Project, base: Path, run: Run) -> tuple[str, Members] | None:
+    """(what the members are, they), where the project's model is fused of others."""
+    settings = project.model.fuse
+    if settings is None:
+        return None
+    keys, models, where = key_store(project, base, run.folder), registry(project, base), f"{FILE}: model.fuse.members"
+    places = [transfer.find(address, base, keys, models, f"{where}[{i}]") for i, address in enumerate(settings.members)]
+    shards, encrypt = keys if project.data.encrypt else None, project.train.encrypt
+    members = Members(settings, tuple(places), run["prepare"].resolve(), run.fingerprints["prepare"], shards, keys, encrypt)
+    require_alike(members)
+    return hashed([transfer.digest(place) for place in places]), members
+
+
 def execute(project: Project, base: Path, run: Run) -> int:
     """Do what is not done yet of: prepare, train, evaluate, bundle. The version that the bundle has in the registry.
 
@@ -191,9 +205,15 @@ def execute(project: Project, base: Path, run: Run) -> int:
     sealing = keys if project.data.encrypt else None
     update = run.display.update
 
+    run.execute(preparation(project, base, run))
     start, model = starting(project, base, run)
+    fused = fusing(project, base, run)
 
     def do_train(folder: Path) -> None:
+        if fused:
+            update(f"fusing {len(fused[1].places)} models by {fused[1].settings.by}")
+            fuse(fused[1], folder)
+            return
         if project.train.encrypt:
             Seal.make(folder, keys)
         job = Job(project.name, project.train, model, base, run["prepare"], sealing, folder, project.data.augment, keys)
@@ -213,14 +233,17 @@ def execute(project: Project, base: Path, run: Run) -> int:
         if project.model.start:
             lineage["start"] = read_json(run["start"] / transfer.NOTE)
             lineage["ancestor"] = lineage["start"]["ancestor"]
+        if fused:
+            lineage |= fused[1].lineage()
         make(folder, project.name, lineage, parts, keys)
 
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
+    if fused:
+        trained_by = {"members": fused[0], "by": fused[1].settings.by, "encrypt": project.train.encrypt}
     if project.data.augment:
         trained_by["augment"] = project.data.augment.model_dump()
     smaller = [_compression(project, base, run)] if project.compress else []
     for stage in (
-        preparation(project, base, run),
         *start,
         Stage("train", ("prepare", *(s.name for s in start)), trained_by, do_train),
         Stage(

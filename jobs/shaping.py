@@ -53,7 +53,9 @@ class Shrinking:
         """The model as the training begins with it. Raises ModelError."""
         step = self.step
         if isinstance(step, Distil):
-            own = own.model_copy(update={"build": step.build or own.build, "hp": {**own.hp, **step.hp}, "start": None})
+            own = own.model_copy(
+                update={"build": step.build or own.build, "hp": {**own.hp, **step.hp}, "start": None, "fuse": None}
+            )
             return build(own, schema, project)
         model = keras_model(self.source, self.keys)
         return called(narrowed(model, step.share, step.layers, self.where)) if isinstance(step, Channels) else model

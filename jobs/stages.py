@@ -40,6 +40,16 @@ class Stage:
     work: Callable[[Path], None]
 
 
+def digested(value: Any) -> str:
+    """SHA-256 of what JSON can say, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hashed(value: Any) -> str:
+    """Its beginning, which is enough for a name."""
+    return digested(value)[:16]
+
+
 class Run:
     """An open run. Its folder must be held by `storage.exclusive`."""
 
@@ -81,8 +91,7 @@ class Run:
         self.stages.append({"name": stage.name, "seconds": seconds, "reused": False})
 
     def _fingerprint(self, stage: Stage) -> str:
-        depends = [__version__, stage.name, stage.settings, [self.fingerprints[n] for n in stage.needs]]
-        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        return digested([__version__, stage.name, stage.settings, [self.fingerprints[n] for n in stage.needs]])
 
     def _commit(self, announced: Path) -> None:
         record = read_json(announced)

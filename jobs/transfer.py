@@ -113,14 +113,7 @@ def started(start: Start, schema: Schema, lora: bool = True) -> Any:
 
     where = f"{FILE}: model.start"
     source = _loaded(Path(start.model))
-    head = _head(source, start.head, where)
-    features = head.input
-    if isinstance(features, (list, tuple)):
-        raise ModelError(f"{where}.head: `{head.name}` has several inputs: name a layer after it")
-    if len(features.shape) > 2:
-        features = keras.layers.Flatten(name=_free(source, "flatten_to_head"))(features)
-    activation = "softmax" if schema.classes else None
-    output = keras.layers.Dense(schema.outputs, activation=activation, name=_free(source, HEAD))(features)
+    output = source.outputs[0] if start.keep_head else _new_head(source, start.head, schema, where)
     model = keras.Model(source.inputs if len(source.inputs) > 1 else source.inputs[0], output, name=source.name)
     check_shapes(model, schema, where)
     layers = {layer.name: layer for layer in leaves(model)}
@@ -135,6 +128,20 @@ def started(start: Start, schema: Schema, lora: bool = True) -> Any:
         if name not in later or isinstance(body[name], keras.layers.BatchNormalization):
             body[name].trainable = False
     return model
+
+
+def _new_head(source: Any, name: str | None, schema: Schema, where: str) -> Any:
+    """What a new last layer gives, on what the old one was given."""
+    import keras
+
+    head = _head(source, name, where)
+    features = head.input
+    if isinstance(features, (list, tuple)):
+        raise ModelError(f"{where}.head: `{head.name}` has several inputs: name a layer after it")
+    if len(features.shape) > 2:
+        features = keras.layers.Flatten(name=_free(source, "flatten_to_head"))(features)
+    activation = "softmax" if schema.classes else None
+    return keras.layers.Dense(schema.outputs, activation=activation, name=_free(source, HEAD))(features)
 
 
 def _loaded(place: Path) -> Any:

@@ -20,12 +20,12 @@ from ..project import FILE, Project
 from .choice import figure, said
 from .demand import room
 from .display import Display
-from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, WHY, Record, Trial, earlier, hashed, place
+from .record import DONE, FAILED, FINISHED, OVER, PAUSED, RUNNING, STOPPED, WHY, Record, Trial, earlier, place
 from .run import key_store, preparation, starting
 from .schedule import Course, scheduler
 from .search import SEARCHES, Config, blended, expected_improvement, starts
 from .space import MEASURED, configured, metrics_of, settings_of, shares, signs_of, tune_of
-from .stages import Run
+from .stages import Run, hashed
 from .worker import Job
 
 RETRIES = 1

@@ -21,11 +21,11 @@ from ..datasets.sources import open_source
 from ..errors import ModelError, ProjectError
 from ..project import FILE, Project
 from .choice import Choice, said
-from .record import DONE, FAILED, OVER, PAUSED, RUNNING, Record, hashed
+from .record import DONE, FAILED, OVER, PAUSED, RUNNING, Record
 from .run import code_of, key_store, registry
 from .search import Config
 from .space import configured, metrics_of, settings_of, space_of, tune_of
-from .stages import Run
+from .stages import Run, hashed
 from .trials import Search
 
 
