@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -56,6 +56,37 @@ def publish(folder: Path, name: str, classes: int, width: int, model: bytes) -> 
         (parts / "model.onnx").write_bytes(model)
         bundle.make(made, name, {}, sorted(parts.iterdir()), KeyStore(folder / "runs" / "default" / "keys"))
         Registry(folder / "registry").add(name, made)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator:
+    from heliograph.cluster.runtime import LocalCluster
+
+    with LocalCluster(2) as running:
+        running.start()
+        yield running
+
+
+def ran(folder: Path, running, text: str, model: str | Path, **files: str):
+    """Run a project of this text, with this model and other files: the run."""
+    from heliograph import project
+    from heliograph.jobs.display import Display
+    from heliograph.jobs.run import execute
+    from heliograph.jobs.stages import Run
+    from rich.console import Console
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.py").write_text(model.read_text() if isinstance(model, Path) else model)
+    (folder / "heliograph.yaml").write_text(text)
+    for name, content in files.items():
+        (folder / f"{name}.py").write_text(content)
+    run = Run(folder / "runs" / "default", running, Display(Console(quiet=True)))
+    execute(project.load(folder), folder, run)
+    return run
+
+
+def test_accuracy(run) -> float:
+    return json.loads((run["evaluate"] / "metrics.json").read_text())["accuracy"]
 
 
 def end(process: subprocess.Popen, seconds: float) -> None:

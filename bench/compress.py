@@ -13,12 +13,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from common import finish
+from common import cluster, finish, ran, test_accuracy
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 DIGITS = """\
@@ -139,42 +137,9 @@ def texts(file: Path) -> None:
                             writer.writerow([" ".join(said.split()), package])
 
 
-@contextmanager
-def cluster() -> Iterator:
-    from heliograph.cluster.runtime import LocalCluster
-
-    with LocalCluster(2) as running:
-        running.start()
-        yield running
-
-
-def ran(folder: Path, running, text: str, model: str | Path, **files: str):
-    """Run a project: the run."""
-    from heliograph import project
-    from heliograph.jobs.display import Display
-    from heliograph.jobs.run import execute
-    from heliograph.jobs.stages import Run
-    from rich.console import Console
-
-    folder.mkdir(parents=True)
-    (folder / "model.py").write_text(model.read_text() if isinstance(model, Path) else model)
-    (folder / "heliograph.yaml").write_text(text)
-    for name, content in files.items():
-        (folder / f"{name}.py").write_text(content)
-    if "texts.csv" in text:
-        texts(folder / "texts.csv")
-    run = Run(folder / "runs" / "default", running, Display(Console(quiet=True)))
-    execute(project.load(folder), folder, run)
-    return run
-
-
 def rows(run) -> dict[str, dict]:
     note = json.loads((run["compress"] / "compress.json").read_text())
     return {row["name"]: row for row in note["candidates"]}
-
-
-def accuracy(run) -> float:
-    return json.loads((run["evaluate"] / "metrics.json").read_text())["accuracy"]
 
 
 CNN = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
@@ -214,7 +179,7 @@ def digits(root: Path, running, seeds: int) -> dict[str, float]:
         described(seed, tables[-1])
         for name, filters, units, epochs, out in (("narrow", 16, 64, 22, scratch), ("student", 9, 32, 24, student)):
             text = DIGITS.format(**where, seed=seed, filters=filters, units=units, epochs=epochs)
-            out.append(accuracy(ran(root / f"{name}-{seed}", running, text, CNN)))
+            out.append(test_accuracy(ran(root / f"{name}-{seed}", running, text, CNN)))
             print(f"seed {seed}  {name} from scratch, {epochs} epochs: test {out[-1]:.4f}", flush=True)
         default.append(keras_default(run, seed))
         print(f"seed {seed}  keras.distillation with its defaults, the same student: test {default[-1]:.4f}", flush=True)
@@ -315,7 +280,10 @@ def text(root: Path, running, seeds: int) -> dict[str, float]:
     tables = []
     for seed in range(seeds):
         file = TEXT.format(seed=seed) + TABLE.format(more=4, long=8, small="{width: 16, hidden: 32}")
-        tables.append(rows(ran(root / f"text-{seed}", running, file, TRANSFORMER)))
+        folder = root / f"text-{seed}"
+        folder.mkdir()
+        texts(folder / "texts.csv")
+        tables.append(rows(ran(folder, running, file, TRANSFORMER)))
         described(seed, tables[-1])
     return summed("text", tables)
 
