@@ -75,8 +75,10 @@ def _tasks(project: Project, base: Path, run: Run, wanted: Compress) -> list[Tas
         teachers = []
         for i, step in enumerate(steps):
             named = step.teachers if isinstance(step, Distil) else []
-            where = f"{FILE}: compress.recipes.{name}[{i}].teachers"
-            found = [transfer.find(address, base, keys, models, where) for address in named]
+            where = f"compress.recipes.{name}[{i}].teachers"
+            found = [transfer.find(address, base, keys, models, f"{FILE}: {where}") for address in named]
+            for text in (text for place in found for text in transfer.compared(place, run["prepare"], where)):
+                run.display.say(text)
             teachers.append(tuple(found) or (run["train"].resolve(),))
         made_of = [run.fingerprints["train"], code_of(base), [s.model_dump() for s in steps], [_known(t) for t in teachers]]
         place = run.folder / "candidates" / hashed(made_of)

@@ -84,23 +84,30 @@ def take(found: Path, prepared: Path, folder: Path) -> list[str]:
     inputs have other shapes."""
     shutil.copyfile(_file(found), folder / SOURCE)
     note: dict[str, Any] = {"from": str(found), "ancestor": digest(found)}
-    said: list[str] = []
-    if (found / "schema.json").exists():
-        theirs, ours = (Schema.read(p) for p in (found, prepared))
-        if list(theirs.inputs.values()) != list(ours.inputs.values()):
-            raise ModelError(f"{FILE}: model.start: its inputs are {shapes(theirs.inputs)}, the data's {shapes(ours.inputs)}")
-        kinds = [
-            [step.step for step in Preprocessing.model_validate_json((p / "preprocess.json").read_bytes()).steps]
-            for p in (found, prepared)
-        ]
-        if kinds[0] != kinds[1]:
-            there, here = (", ".join(k) or "nothing" for k in kinds)
-            said.append(f"model.start: it was trained on inputs prepared by {there}, and now gets them by {here}")
+    said = compared(found, prepared, "model.start")
     if (found / "bundle.json").exists():
         note["lineage"] = read_json(found / "bundle.json")["lineage"]
         note["ancestor"] = note["lineage"].get("ancestor") or note["ancestor"]
     write_json(folder / NOTE, note)
     return said
+
+
+def compared(found: Path, prepared: Path, where: str) -> list[str]:
+    """What a person should know of how the inputs of another model and of this project differ. Raises ModelError where their shapes
+    do."""
+    if not (found / "schema.json").exists():
+        return []
+    theirs, ours = (Schema.read(p) for p in (found, prepared))
+    if list(theirs.inputs.values()) != list(ours.inputs.values()):
+        raise ModelError(f"{FILE}: {where}: its inputs are {shapes(theirs.inputs)}, the data's {shapes(ours.inputs)}")
+    kinds = [
+        [step.step for step in Preprocessing.model_validate_json((p / "preprocess.json").read_bytes()).steps]
+        for p in (found, prepared)
+    ]
+    if kinds[0] == kinds[1]:
+        return []
+    there, here = (", ".join(k) or "nothing" for k in kinds)
+    return [f"{where}: it was trained on inputs prepared by {there}, and now gets them by {here}"]
 
 
 # The model
