@@ -93,8 +93,7 @@ def take(found: Path, prepared: Path, folder: Path) -> list[str]:
 
 
 def compared(found: Path, prepared: Path, where: str) -> list[str]:
-    """What a person should know of how the inputs of another model and of this project differ. Raises ModelError where their shapes
-    do."""
+    """What a person should know of how another model's inputs and this project's differ. Raises ModelError where shapes do."""
     if not (found / "schema.json").exists():
         return []
     theirs, ours = (Schema.read(p) for p in (found, prepared))
