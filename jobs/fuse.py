@@ -137,7 +137,7 @@ def _fuse(members: Members, folder: Path) -> None:
             made, said["out_of_fold"] = _stacked(models, target, outputs, schema)
         case _:
             _require_one_shape(models, members)
-            order = [int(i) for i in np.argsort(judged)[::-1]] if judged else list(range(len(models)))
+            order = sorted(range(len(models)), key=lambda i: -judged[i] if judged else 0)
             taken = order if by == "soup" else _helpful(models, order, inputs, target, schema)
             said["taken"] = [members.settings.members[i] for i in taken]
             made = _souped(models, taken)
