@@ -38,6 +38,7 @@ from .model import build, compile_parts
 from .rate import rate
 from .shaping import Shrinking, shaped
 from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Objective, Signals, Steps, claim
+from .tasks import Losses
 from .transfer import ADAPTERS, adapters, merged, pace
 from .watch import BOARD, METRICS, Watch, write_lines
 
@@ -128,24 +129,24 @@ class _Rank:
         with self.strategy.scope():
             self.model = job.build(self.schema)
             schedule, self.factor = rate(train, self.end)
-            parts = compile_parts(train, self.schema, self.manifest.class_rows, schedule)
+            parts = compile_parts(train, self.schema, self.manifest, schedule)
             self.optimizer = parts.optimizer
             if job.model.start and not job.shrinking:
                 pace(self.optimizer, self.model, job.model.start, self.part.steps)
             self.shaping = shaped(job.shrinking, self.model, self.schema, self.end)
             self.shaping.hook(self.optimizer)
-            self.optimizer.build(self.model.trainable_variables)
+            self.objective = Objective(parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled)
+            self.optimizer.build([*self.model.trainable_variables, *self.objective.variables])
             meters, scale = parts.meters(), LossScale() if train.precision == "mixed_float16" else None
         self.twins = parts.meters()
         """Meters outside the strategy, which turn the ranks' sums into figures."""
         state = [*self.model.variables, *self.optimizer.variables, self.factor]
         state += [scale.variable, scale.counter] if scale else []
-        state += self.shaping.variables
-        specs = (self.schema.inputs, parts.target_dtype)
-        objective = Objective(parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled)
+        state += [*self.shaping.variables, *self.objective.variables]
+        specs = (self.schema.inputs, parts.target)
         self.steps = Steps(
-            self.model, objective, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
-            (job.augment, self.schema.ids),
+            self.model, self.objective, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale,
+            train.xla, (job.augment, self.schema.ids),
         )  # fmt: skip
         self.measured = self._measure() if rank == 0 and job.measured else {}
         self.watch: Watch | None = None
@@ -351,6 +352,8 @@ class _Rank:
                 figures |= {f"val_{name}": value for name, value in self._figures().items()}
             weights = [(v.path, np.asarray(v)) for v in self.model.weights] if train.watch.histograms else []
         rate = round(self.rows / seconds, 1)
+        if isinstance(self.objective.loss, Losses):
+            figures |= self.objective.loss.learned()
         figures |= self.measured | {"seconds": round(seconds, 3), "rows_per_second": rate, "workers": self.ranks}
         self.history = [*self.history, figures]
         if self.watch:
