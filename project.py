@@ -468,6 +468,8 @@ class Train(Section):
     """Compile forward and backward with XLA (never the exchange between workers)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Momentum of a moving average of the weights, which is what is validated and exported."""
+    swa: Annotated[int, Field(ge=1)] | None = None
+    """The epoch from which on the weights that each epoch ends with are averaged; the mean is what is validated and exported."""
     stop: Stop = Stop()
     monitor: str | None = None
     """The metric that says which checkpoint is best (default: `val_loss`, or `loss` without a validation split)."""
@@ -480,6 +482,14 @@ class Train(Section):
     """`rollback` goes back to the last good checkpoint and lowers the learning rate."""
     watch: Watch = Watch()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _averages_one_way(self):
+        if self.swa and (self.ema or self.export == "best"):
+            raise ValueError("swa averages the last epochs: it goes with neither `ema` nor `export: best`")
+        if self.swa and self.swa > self.epochs:
+            raise ValueError(f"swa begins with epoch {self.swa}, but there are {self.epochs} epochs")
+        return self
 
     @field_validator("batch_size", "workers")
     @classmethod
