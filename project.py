@@ -235,8 +235,9 @@ class Augment(Section):
 class Data(Section):
     source: str
     """`sklearn://digits`, a path or glob or `s3://` address of files or of images in folders, or `file:function`"""
-    target: str = "label"
-    """the column to predict (of images: `label`, the folder)"""
+    target: str | Annotated[list[str], Field(min_length=2)] = "label"
+    """the column to predict (of images: `label`, the folder); several, `[digit, parity]`, make a model of several tasks; a row
+    may lack some"""
     features: list[str] | None = None
     """The columns to predict from (default: all others)."""
     weight: str | None = None
@@ -259,6 +260,33 @@ class Data(Section):
     """Files a split is cut into, and so the most workers that can train on it."""
     encrypt: bool = True
     """Encrypt shards at rest (Parquet Modular Encryption, AES-GCM)."""
+
+    @property
+    def one(self) -> str:
+        """The target, where there is one."""
+        assert isinstance(self.target, str)
+        return self.target
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several targets."""
+        return not isinstance(self.target, str)
+
+    @property
+    def of_targets(self) -> "list[Data]":
+        """The same for each target alone; of several, each may be empty."""
+        if isinstance(self.target, str):
+            return [self]
+        return [self.model_copy(update={"target": name, "unlabelled": True}) for name in self.target]
+
+    @model_validator(mode="after")
+    def _several_targets_are_plain(self):
+        if not isinstance(self.target, str):
+            if len(set(self.target)) < len(self.target):
+                raise ValueError("target names a column twice")
+            if self.task or self.unlabelled or (self.augment and self.augment.mixup):
+                raise ValueError("several targets go without `task`, `unlabelled` and mixup")
+        return self
 
 
 class Lora(Section):
@@ -400,6 +428,17 @@ class Pipeline(Section):
     """Names of the layers that each stage but the last ends with (default: by measured cost and memory)."""
 
 
+class Task(Section):
+    """Of a model of several tasks, how one of them trains."""
+
+    loss: str | None = None
+    """A Keras loss (default: sparse categorical cross-entropy, or mean squared error for a number)."""
+    metrics: list[str] | None = None
+    """Keras metrics (default: accuracy, or mean absolute error)."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """of its loss in the sum"""
+
+
 class Train(Section):
     epochs: Annotated[int, Field(ge=1)] = 10
     batch_size: int | Literal["auto"] = 64
@@ -414,6 +453,11 @@ class Train(Section):
     """A Keras loss (default: sparse categorical cross-entropy, or mean squared error for regression)."""
     metrics: list[str] | None = None
     """Keras metrics (default: accuracy, or mean absolute error)."""
+    tasks: dict[str, Task] = {}
+    """of several targets, by their names"""
+    balance: Literal["weights", "uncertainty"] = "weights"
+    """how losses of several targets are summed: by the tasks' weights, or by weights that are learnt with the model (Kendall, Gal
+    and Cipolla, 2018)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     """A weight a class, or `balanced`: the rarer, the heavier."""
@@ -424,6 +468,8 @@ class Train(Section):
     """Compile forward and backward with XLA (never the exchange between workers)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Momentum of a moving average of the weights, which is what is validated and exported."""
+    swa: Annotated[int, Field(ge=1)] | None = None
+    """The epoch from which on the weights that each epoch ends with are averaged; the mean is what is validated and exported."""
     stop: Stop = Stop()
     monitor: str | None = None
     """The metric that says which checkpoint is best (default: `val_loss`, or `loss` without a validation split)."""
@@ -436,6 +482,14 @@ class Train(Section):
     """`rollback` goes back to the last good checkpoint and lowers the learning rate."""
     watch: Watch = Watch()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _averages_one_way(self):
+        if self.swa and (self.ema or self.export == "best"):
+            raise ValueError("swa averages the last epochs: it goes with neither `ema` nor `export: best`")
+        if self.swa and self.swa > self.epochs:
+            raise ValueError(f"swa begins with epoch {self.swa}, but there are {self.epochs} epochs")
+        return self
 
     @field_validator("batch_size", "workers")
     @classmethod
@@ -670,6 +724,22 @@ class Project(Section):
             raise ValueError("compress: a recipe cannot train the model of a pipeline: leave such steps out, or `train.pipeline`")
         if self.data.unlabelled and (self.train.pipeline or (self.data.augment and self.data.augment.mixup)):
             raise ValueError("data.unlabelled: neither a pipeline nor mixup can do with rows that have no target")
+        if self.data.several:
+            if (
+                self.train.pipeline
+                or self.train.loss
+                or self.train.metrics
+                or self.train.label_smoothing
+                or self.train.class_weights
+            ):
+                raise ValueError(
+                    "data.target: several targets go without `train.pipeline`, `loss`, `metrics`, `label_smoothing` and "
+                    "`class_weights`: write loss, metrics and weight of each under `train.tasks`"
+                )
+            if unknown := [name for name in self.train.tasks if name not in self.data.target]:
+                raise ValueError(f"train.tasks: `{unknown[0]}` is no target: there are {', '.join(self.data.target)}")
+        elif self.train.tasks or self.train.balance != "weights":
+            raise ValueError("train.tasks and train.balance are for several targets: `data: {target: [a, b]}`")
         if workers > self.data.shards:
             raise ValueError(
                 f"train.workers is {workers}, but data.shards is {self.data.shards}: "

@@ -74,7 +74,16 @@ def train(
     optimizer.build(model.trainable_variables)
     loss = keras.losses.sparse_categorical_crossentropy
     strategy = tf.distribute.get_strategy()
-    steps = Steps(model, Objective(loss), optimizer, [keras.metrics.Mean("loss")], strategy, ({"x": (64,)}, "int64"), 0, 1)
+    steps = Steps(
+        model,
+        Objective(loss),
+        optimizer,
+        [keras.metrics.Mean("loss")],
+        strategy,
+        ({"x": (64,)}, tf.TensorSpec((None,), tf.int64)),
+        0,
+        1,
+    )
     host, found, done, order = np.zeros(HOST, np.float32), [], 0, rng.permutation(len(x))
     at_row = 0
     while done < count:

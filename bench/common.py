@@ -85,8 +85,13 @@ def ran(folder: Path, running, text: str, model: str | Path, **files: str):
     return run
 
 
+def metrics(run) -> dict:
+    """Of the test rows."""
+    return json.loads((run["evaluate"] / "metrics.json").read_text())
+
+
 def test_accuracy(run) -> float:
-    return json.loads((run["evaluate"] / "metrics.json").read_text())["accuracy"]
+    return metrics(run)["accuracy"]
 
 
 def end(process: subprocess.Popen, seconds: float) -> None:

@@ -54,7 +54,7 @@ def figures(seed: int) -> dict[str, float]:
         return quality(max(models, key=lambda m: quality(m, held)))
 
     keras.utils.set_random_seed(seed)
-    alone = [fitted(network(), images[train], target[train], 0.002, 8) for _ in range(4)]
+    alone = [fitted(network(), images[train], target[train], 0.002, 20) for _ in range(4)]
     outputs = [fuse._answers(m, {"image": images[held]}) for m in alone]
     weights = fuse._best_weights(target[held], outputs, schema)
     out = {
@@ -65,7 +65,7 @@ def figures(seed: int) -> dict[str, float]:
         "stacking": quality(fuse._stacked(alone, target[held], outputs, schema)[0]),
         "soup of these": quality(fuse._souped([keras.models.clone_model(alone[0]), *alone[1:]], [1, 2, 3])),
     }
-    begun, relatives = fitted(network(), images[train], target[train], 0.002, 4), []
+    begun, relatives = fitted(network(), images[train], target[train], 0.002, 20), []
     for rate in RATES:
         model = network()
         model.set_weights(begun.get_weights())

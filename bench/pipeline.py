@@ -106,7 +106,7 @@ class One:
         self.model = build(given.model, schema, given.project)
         parts = compile_parts(given.train, schema, [], rate(given.train, 10**6)[0])
         parts.optimizer.build(self.model.trainable_variables)
-        specs = (schema.inputs, parts.target_dtype)
+        specs = (schema.inputs, parts.target)
         self.steps = Steps(
             self.model, Objective(parts.loss), parts.optimizer, parts.meters(), tf.distribute.get_strategy(), specs, 0, 1
         )

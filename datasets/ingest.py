@@ -99,7 +99,8 @@ class Part:
         """What `read_window` gives, without a row: for a worker whose part of a small split is empty."""
         schema = Schema.read(self.folder)
         empty = {name: np.empty((0, *shape), np.float32) for name, shape in schema.inputs.items()}
-        return empty | {TARGET: np.empty(0, np.int64 if schema.classes else np.float32)}
+        several = (0, len(schema.tasks)) if schema.tasks else 0
+        return empty | {TARGET: np.empty(several, np.int64 if schema.classes else np.float32)}
 
     def step_sizes(self) -> list[tuple[int, int]]:
         """For each step of an epoch: (this worker's rows, all workers' rows)."""

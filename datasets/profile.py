@@ -81,8 +81,11 @@ def profile(
             made.top = sorted(stat.counts.items(), key=lambda item: (-item[1], item[0]))[:TOP]
         made.drift = _drift(values, train, test)
         described.append(made)
-    labels = class_index(columns[TARGET], schema)[train] if schema.classes else np.empty(0, int)
-    classes = {str(c): int((labels == i).sum()) for i, c in enumerate(schema.classes)}
+    classes = {}
+    for k, (alone, _) in enumerate(schema.parts):
+        name, prefix = (f"{TARGET}-{k}", f"{alone.target} ") if schema.tasks else (TARGET, "")
+        labels = class_index(columns[name], alone)[train] if alone.classes else np.empty(0, int)
+        classes |= {f"{prefix}{c}": int((labels == i).sum()) for i, c in enumerate(alone.classes)}
     near = _near(schema, columns, train, test)
     return Profile(
         rows=rows, columns=described, classes=classes, sample=len(hashes), repeated=len(hashes) - len(np.unique(hashes)),

@@ -56,12 +56,22 @@ class Feature(BaseModel):
         return pa.nulls(rows, ARROW[self.kind])
 
 
+class Task(BaseModel):
+    """One of several targets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    classes: tuple[str | int, ...] = ()
+
+
 class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    task: Literal["classification", "regression"]
+    task: Literal["classification", "regression", "several"]
     target: str
     classes: tuple[str | int, ...] = ()
     """The labels in the order of the model's outputs (classification)."""
+    tasks: tuple[Task, ...] = ()
+    """Of several targets each, in the order in which the model's outputs stand beside each other."""
     features: tuple[Feature, ...]
     inputs: dict[str, tuple[int, ...]] = {}
     """The model's inputs and their shapes, without the batch: what preprocessing makes of the features."""
@@ -82,8 +92,27 @@ class Schema(BaseModel):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the model answers for a row: a probability per class, or one value."""
-        return len(self.classes) or 1
+        """Numbers that the model answers for a row: a probability per class, or one value; of several targets, all of these."""
+        return sum(len(t.classes) or 1 for t in self.tasks) or len(self.classes) or 1
+
+    @property
+    def parts(self) -> "list[tuple[Schema, slice]]":
+        """A schema for each target alone, and which of the outputs are its own."""
+        if not self.tasks:
+            return [(self, slice(0, self.outputs))]
+        found, at = [], 0
+        for task in self.tasks:
+            kind = "classification" if task.classes else "regression"
+            alone = self.model_copy(update={"task": kind, "target": task.name, "classes": task.classes, "tasks": ()})
+            found.append((alone, slice(at, at + alone.outputs)))
+            at += alone.outputs
+        return found
+
+    def answers(self, outputs: Any) -> Any:
+        """Classes of probabilities `[rows, classes]`, or values `[rows]`, for the target, or by name for several."""
+        if not self.tasks:
+            return outputs if self.classes else outputs[:, 0]
+        return {alone.target: alone.answers(outputs[:, of]) for alone, of in self.parts}
 
     def columns(self, table: pa.Table) -> Columns:
         """The features of a table that `typed` made, or of a test shard."""
@@ -100,12 +129,13 @@ def require(columns: list[str], names: list[str], where: str) -> None:
 def infer(head: pa.Table, data: Data, where: str) -> tuple[Feature, ...]:
     """The features of a source by the types and values of its first rows. Raises DataError, which names `where`."""
     weight = [data.weight] if data.weight else []
-    chosen = data.features or [n for n in head.column_names if n not in (data.target, PATH, *weight)]
-    require([data.target, *weight, *chosen, *data.types], head.column_names, where)
-    if data.target in chosen:
-        raise DataError(f"{where}: `{data.target}` is the target, it cannot be a feature too")
+    targets = [data.target] if isinstance(data.target, str) else data.target
+    chosen = data.features or [n for n in head.column_names if n not in (*targets, PATH, *weight)]
+    require([*targets, *weight, *chosen, *data.types], head.column_names, where)
+    if both := [name for name in targets if name in chosen]:
+        raise DataError(f"{where}: `{both[0]}` is the target, it cannot be a feature too")
     if not chosen:
-        raise DataError(f"{where}: has no column but the target `{data.target}`")
+        raise DataError(f"{where}: has no column but the target `{', '.join(targets)}`")
     return tuple(_feature(n, head.column(n), data.types.get(n), where) for n in chosen)
 
 
@@ -294,23 +324,23 @@ def number_target(column: pa.ChunkedArray, data: Data) -> bool:
     """Whether the target is numbers, by its first rows. Raises DataError for what cannot be predicted."""
     kind = column.type.value_type if pt.is_dictionary(column.type) else column.type
     if kind_of(kind) == "text":
-        return data.task == "regression" or data.types.get(data.target) == "number"
+        return data.task == "regression" or data.types.get(data.one) == "number"
     if kind_of(kind) != "number":
-        raise DataError(f"target `{data.target}` is {kind}: numbers or text can be predicted")
-    return data.types.get(data.target) != "text"
+        raise DataError(f"target `{data.one}` is {kind}: numbers or text can be predicted")
+    return data.types.get(data.one) != "text"
 
 
 def targets(column: pa.ChunkedArray, data: Data, number: bool, bad: Bad) -> Column:
     """The target as it is: float64, or Arrow strings; an infinite one, or an empty one where all need one, is noted in `bad`."""
     empty = column.is_null().to_numpy() | (_is_nan(column) if number else False)
     if not data.unlabelled:
-        bad.add(empty, data.target, "empty")
+        bad.add(empty, data.one, "empty")
     if not number:
         return _cast(column, pa.string())
     values = numbers(column)
-    bad.add(np.isnan(values) & ~empty, data.target, "not a number")
-    bad.add(np.isinf(values), data.target, "infinite")
-    bad.add(np.abs(values) > LARGEST, data.target, "too large for float32")
+    bad.add(np.isnan(values) & ~empty, data.one, "not a number")
+    bad.add(np.isinf(values), data.one, "infinite")
+    bad.add(np.abs(values) > LARGEST, data.one, "too large for float32")
     return values
 
 
@@ -334,7 +364,7 @@ class Labels:
 
     def classes(self, data: Data, where: str) -> tuple[str | int, ...]:
         """The labels in their order; none for a regression. Raises DataError for a target that is no use."""
-        name = f"{where}: target `{data.target}`"
+        name = f"{where}: target `{data.one}`"
         if not self.values:
             raise DataError(f"{name} is empty in every row")
         text = any(isinstance(v, str) for v in self.values)
@@ -402,6 +432,9 @@ def prediction_columns(outputs: np.ndarray, schema: Schema, left_out: np.ndarray
     """The model's outputs `[rows, schema.outputs]` as Arrow columns: `prediction`, and the probabilities of the classes.
 
     left_out: rows without a prediction, `[rows]` booleans."""
+    if schema.tasks:
+        named = {a.target: prediction_columns(outputs[:, of], a, left_out) for a, of in schema.parts}
+        return {f"{target} {name}": values for target, found in named.items() for name, values in found.items()}
     if not schema.classes:
         return {"prediction": pa.array(np.ascontiguousarray(outputs[:, 0]), mask=left_out)}
     chosen = pa.array(outputs.argmax(axis=1), mask=left_out)

@@ -67,6 +67,8 @@ class Manifest(BaseModel):
     """Training rows of each class (classification)."""
     unlabelled: int = 0
     """Training rows without a target."""
+    lacking: list[int] = []
+    """Training rows without each of several targets."""
 
     @property
     def labelled(self) -> float:

@@ -34,18 +34,19 @@ def largest_batch(train: Train, model: Model, project: Path, prepared: Path, her
     schema, manifest = Schema.read(prepared), Manifest.read(prepared)
     keras.mixed_precision.set_global_policy(train.precision)
     net = build(model, schema, project)
-    parts = compile_parts(train, schema, manifest.class_rows)
-    parts.optimizer.build(net.trainable_variables)
-    specs = (schema.inputs, parts.target_dtype)
+    parts = compile_parts(train, schema, manifest)
+    objective = Objective(parts.loss)
+    parts.optimizer.build([*net.trainable_variables, *objective.variables])
+    specs = (schema.inputs, parts.target)
     strategy = tf.distribute.get_strategy()
-    steps = Steps(net, Objective(parts.loss), parts.optimizer, parts.meters(), strategy, specs, 0, 1, train.accumulate)
+    steps = Steps(net, objective, parts.optimizer, parts.meters(), strategy, specs, 0, 1, train.accumulate)
     process = psutil.Process()
     budget = process.memory_info().rss + SHARE * psutil.virtual_memory().available / here
     workers, most = train.fewest_workers, max(SMALLEST, manifest.rows("train") // FEWEST_STEPS)
     fits, rows = SMALLEST, SMALLEST
     while rows <= most:
         try:
-            steps.train(_zeros(schema, parts.target_dtype, -(-rows // workers)), 0, 1, np.zeros(HOST, np.float32))
+            steps.train(_zeros(schema, parts.target, -(-rows // workers)), 0, 1, np.zeros(HOST, np.float32))
         except tf.errors.ResourceExhaustedError:
             break
         if process.memory_info().rss > budget:
@@ -54,8 +55,8 @@ def largest_batch(train: Train, model: Model, project: Path, prepared: Path, her
     return fits
 
 
-def _zeros(schema: Schema, kind: str, rows: int) -> Any:
+def _zeros(schema: Schema, target: Any, rows: int) -> Any:
     inputs = {name: np.zeros((rows, *shape), np.float32) for name, shape in schema.inputs.items()}
     ones, edges, everyone = np.ones(rows, np.float32), np.array([0, rows], np.int32), np.array([rows], np.float32)
-    block = Block(inputs, np.zeros(rows, kind), ones, edges, everyone, {})
+    block = Block(inputs, np.zeros((rows, *target.shape[1:]), target.dtype.as_numpy_dtype), ones, edges, everyone, {})
     return next(Feed(iter([block]), "CPU:0"))

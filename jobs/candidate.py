@@ -131,6 +131,7 @@ def settings(train: Train, step: Trains) -> Train:
             "epochs": step.epochs or default,
             "optimizer": train.optimizer.model_copy(update={"learning_rate": rate}),
             "stop": Stop(),
+            "swa": None,
             "workers": train.fewest_workers,
             "export": "last" if isinstance(step, Prune) else train.export,  # the best epoch may be one before all is pruned
         }

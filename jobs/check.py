@@ -34,7 +34,7 @@ def check(project: Project, base: Path) -> list[str]:
     return [
         f"source   {project.data.source}: {_features(schema)}",
         f"prepare  {_steps(preprocessing)}",
-        f"target   {schema.target}: {_target(schema)}",
+        *(f"target   {alone.target}: {_target(alone)}" for alone, _ in schema.parts),
         f"model    {model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}{_trains(model)}",
         f"train    {project.train.epochs} epochs, {project.train.workers} workers, batches of {project.train.batch_size}",
         "ok",

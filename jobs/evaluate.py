@@ -20,6 +20,8 @@ from ..datasets.schema import Schema, to_numpy
 from ..datasets.shards import TARGET, Manifest, SplitName
 from .engine import Engine
 
+MEANT = ("accuracy", "roc_auc", "mae", "rmse", "r2")
+
 
 def evaluate(
     prepared: Path, trained: Path, keys: KeyStore | None, sealing: KeyStore, folder: Path, update: Callable[..., None]
@@ -43,8 +45,19 @@ def evaluate(
 
 
 def figures(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> dict[str, Any]:
-    """Of the schema's task."""
-    return classification(target, outputs, schema) if schema.classes else regression(target, outputs)
+    """Of the schema's task; of several each under its name, of the rows that have it, and means over those that have a figure."""
+    if not schema.tasks:
+        return classification(target, outputs, schema) if schema.classes else regression(target, outputs)
+    tasks = {}
+    for i, (alone, of) in enumerate(schema.parts):
+        has = np.isfinite(target[:, i])
+        kind = np.int64 if alone.classes else np.float32
+        tasks[alone.target] = figures(target[has, i].astype(kind), outputs[has, of], alone) if has.any() else {"rows": 0}
+    means = {}
+    for name in MEANT:
+        every = [found[name] for found in tasks.values() if found.get(name) is not None]
+        means |= {name: float(np.mean(every))} if every else {}
+    return {"rows": len(target), **means, "tasks": tasks}
 
 
 def judged(engine: Engine, prepared: Path, split: SplitName, keys: KeyStore | None) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from ..datasets.schema import Schema, as_fed
 from ..datasets.shards import TARGET, Manifest, SplitName
 from ..errors import ModelError
 from ..recipes import Calibrated, DynamicRange, Float16, Int4, Int8, Numbers, OnnxInt8
-from .engine import FILES, Engine, Kind
+from .engine import FILES, Engine, Kind, called
 from .steps import fed
+from .tasks import named
 
 ROWS = 256
 """On which an export is held against the Keras model."""
@@ -92,13 +93,19 @@ def saved_model(model: Any, prepared: Path, keys: KeyStore | None, folder: Path)
     """Write a SavedModel, as TensorFlow Serving loads it; the largest difference from the Keras model on real rows."""
     import tensorflow as tf
 
+    schema = Schema.read(prepared)
     with _quiet():
-        model.export(folder, format="tf_saved_model", verbose=False)
+        exported = called(named(model, schema)) if schema.tasks else model
+        exported.export(folder, format="tf_saved_model", verbose=False)
         inputs, _ = sample(prepared, keys, "validation", ROWS)
         serve = _signature(folder)
         names = list(serve.structured_input_signature[1])
         given = {n: tf.constant(inputs[n] if n in inputs else next(iter(inputs.values()))) for n in names}
-        found = next(iter(serve(**given).values())).numpy()
+        answered = serve(**given)
+        if schema.tasks:
+            found = np.concatenate([answered[alone.target].numpy() for alone, _ in schema.parts], axis=1)
+        else:
+            found = next(iter(answered.values())).numpy()
     own = answers(model, inputs)
     gap = float(np.abs(own - found).max())
     if not gap <= GAP * max(1.0, float(np.abs(own).max())):

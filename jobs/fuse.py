@@ -76,10 +76,16 @@ def require_alike(members: Members) -> None:
         if not (place / "schema.json").is_file():
             continue
         theirs = Schema.read(place)
-        if theirs.classes != schema.classes or list(theirs.inputs.values()) != list(schema.inputs.values()):
+        if (
+            theirs.classes != schema.classes
+            or theirs.tasks != schema.tasks
+            or list(theirs.inputs.values()) != list(schema.inputs.values())
+        ):
             raise ModelError(f"{members.where(i)}: answers {_task(theirs)}, the data of this project is {_task(schema)}")
         if _steps(place) != steps:
             raise ModelError(f"{members.where(i)}: was trained on inputs that were prepared otherwise: fuse models of one `data`")
+    if by in BY_ROWS and schema.tasks:
+        raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by one target, and there are several: fuse by `mean` or `soup`")
     if by in BY_ROWS:
         if not Manifest.read(prepared).rows("validation"):
             raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by validation rows: give `data.split.validation` a share")
@@ -123,7 +129,9 @@ def _fuse(members: Members, folder: Path) -> None:
     models = [keras_model(place, members.sealing) for place in members.places]
     for i, model in enumerate(models):
         check_shapes(model, schema, members.where(i))
-    inputs, target = _validation(members) if Manifest.read(members.prepared).rows("validation") else ({}, np.empty(0))
+    inputs, target = (
+        _validation(members) if Manifest.read(members.prepared).rows("validation") and not schema.tasks else ({}, np.empty(0))
+    )
     outputs = [_answers(model, inputs) for model in models] if len(target) else []
     judged = [_quality(target, o, schema) for o in outputs]
     said: dict[str, Any] = {"by": by, "members": list(members.settings.members), "validation": judged}

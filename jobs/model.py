@@ -3,6 +3,7 @@
 Every mistake in it becomes a ModelError that names the user's own file and line.
 """
 
+import functools
 import importlib.util
 import sys
 import traceback
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..cluster.runtime import project_imports
 from ..datasets.schema import Schema
+from ..datasets.shards import Manifest
 from ..errors import ModelError
-from ..project import Model, Train
+from ..project import Model, Task, Train
+from .tasks import Losses, Meter, joined
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
 
 def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
@@ -51,6 +55,8 @@ def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
         raise ModelError(f"{_place(error, file)}: {function_name} failed: {_what(error)}") from None
     if not isinstance(built, keras.Model):
         raise ModelError(f"{file}: {function_name} returned {type(built).__name__}, not a keras.Model")
+    if schema.tasks:
+        built = joined(built, schema, f"{file}: {function_name}")
     check_shapes(built, schema, f"{file}: {function_name}")
     return built
 
@@ -64,13 +70,15 @@ class Parts:
     optimizer: "keras.optimizers.Optimizer"
     meters: Callable[[], list[Any]]
     """Keras metrics, the mean loss first, made anew by each call."""
-    target_dtype: str
+    target: "tf.TensorSpec"
+    """Of the rows' targets."""
 
 
-def compile_parts(train: Train, schema: Schema, class_rows: Sequence[int] = (), schedule: Any = None) -> Parts:
+def compile_parts(train: Train, schema: Schema, manifest: Manifest | None = None, schedule: Any = None) -> Parts:
     """Loss, optimizer and metrics of `train`, each tried on an output of the schema's shape.
 
-    class_rows: training rows of each class, for balanced weights. schedule: the learning rate (default: the optimizer's).
+    manifest: of the data, for balanced weights of classes and the shares of rows that have a target. schedule: the learning rate
+    (default: the optimizer's).
     Raises ModelError for a name or parameter Keras does not know, and for a loss or a metric that does not fit the output.
     """
     import keras
@@ -85,14 +93,45 @@ def compile_parts(train: Train, schema: Schema, class_rows: Sequence[int] = (), 
     except (ValueError, TypeError) as error:
         given = train.optimizer.model_dump(exclude={"name"})
         raise ModelError(f"train.optimizer: `{train.optimizer.name}` with {given}: {_what(error)}") from None
-    names = train.metrics if train.metrics is not None else ["accuracy" if schema.classes else "mae"]
+    class_rows = manifest.class_rows if manifest else []
+    alone = [(train_of(train, part.target) if schema.tasks else train, part) for part, _ in schema.parts]
+    for settings, part in alone:
+        one = Parts(_loss(settings, part, class_rows), optimizer, functools.partial(_meters, settings, part), _target(part))
+        _try_on(one, settings, part)
+        if not schema.tasks:
+            return one
+    rows = max(1, manifest.rows("train")) if manifest else 1
+    losses = Losses(
+        schema, [_loss(settings, part, ()) for settings, part in alone],
+        [train.tasks.get(part.target, Task()).weight for _, part in alone],
+        [1 - lacking / rows for lacking in manifest.lacking] if manifest else [], train.balance == "uncertainty",
+    )  # fmt: skip
 
     def meters() -> list[Any]:
-        return [keras.metrics.Mean("loss"), *(_meter(name, schema) for name in names)]
+        own = [Meter(m, i, schema) for i, (settings, part) in enumerate(alone) for m in _meters(settings, part)[1:]]
+        return [keras.metrics.Mean("loss"), *own]
 
-    parts = Parts(_loss(train, schema, class_rows), optimizer, meters, "int64" if schema.classes else "float32")
-    _try_on(parts, train, schema)
-    return parts
+    return Parts(losses, optimizer, meters, _target(schema))
+
+
+def train_of(train: Train, target: str) -> Train:
+    """As one of several targets trains."""
+    task = train.tasks.get(target, Task())
+    return train.model_copy(update={"loss": task.loss, "metrics": task.metrics})
+
+
+def _meters(train: Train, schema: Schema) -> list[Any]:
+    import keras
+
+    names = train.metrics if train.metrics is not None else ["accuracy" if schema.classes else "mae"]
+    return [keras.metrics.Mean("loss"), *(_meter(name, schema) for name in names)]
+
+
+def _target(schema: Schema) -> "tf.TensorSpec":
+    import tensorflow as tf
+
+    shape = (None, len(schema.tasks)) if schema.tasks else (None,)
+    return tf.TensorSpec(shape, tf.int64 if schema.classes else tf.float32)
 
 
 def _loss(train: Train, schema: Schema, class_rows: Sequence[int]) -> Callable[[Any, Any], Any]:
@@ -160,7 +199,7 @@ def _try_on(parts: Parts, train: Train, schema: Schema) -> None:
     import tensorflow as tf
 
     outputs = tf.fill((2, schema.outputs), 1 / schema.outputs)
-    target = tf.constant(np.zeros(2), parts.target_dtype)
+    target = tf.constant(np.zeros(2), parts.target.dtype)
     shown = f"an output of shape (rows, {schema.outputs}) and a target of shape (rows,)"
     try:
         rows = parts.loss(target[:, None] if schema.outputs == 1 else target, outputs)

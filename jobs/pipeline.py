@@ -319,7 +319,12 @@ class _Pipeline:
 def check_settings(job: Job) -> None:
     """Raises ModelError for what a pipeline cannot do yet."""
     train = job.train
-    for name, given in (("ema", train.ema), ("precision", train.precision == "mixed_float16"), ("xla", train.xla)):
+    for name, given in (
+        ("ema", train.ema),
+        ("swa", train.swa),
+        ("precision", train.precision == "mixed_float16"),
+        ("xla", train.xla),
+    ):
         if given:
             raise ModelError(f"train.{name}: does not go with train.pipeline: leave it out")
     if job.augment:

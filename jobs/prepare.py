@@ -68,7 +68,8 @@ class Plan:
     data: Data
     source: Source
     features: tuple[Feature, ...]
-    number_target: bool
+    numbers: tuple[bool, ...]
+    """Whether each target is numbers."""
     edges: np.ndarray
     """Of the buckets: the first hash of each, and the end."""
     folder: Path
@@ -81,12 +82,28 @@ class Plan:
     @property
     def columns(self) -> list[str]:
         """Of the source, each once."""
-        more = filter(None, (self.data.target, self.data.weight))
+        more = filter(None, (*(view.one for view in self.data.of_targets), self.data.weight))
         return list(dict.fromkeys([*(f.name for f in self.features), *more]))
+
+    @property
+    def targets(self) -> list[tuple[str, Data, bool]]:
+        """The name of each target's column here, the data with that target alone, and whether it is numbers."""
+        views = self.data.of_targets
+        names = [f"{TARGET}-{i}" for i in range(len(views))] if self.data.several else [TARGET]
+        return list(zip(names, views, self.numbers, strict=True))
 
     @property
     def first_train(self) -> int:
         return shards.first_train_hash(self.data.split)
+
+
+class SortedTarget(BaseModel):
+    labels: list[str | float] = []
+    whole: bool = True
+    classes: dict[str, int] = {}
+    """Training rows of each label."""
+    lacking: int = 0
+    """Training rows without it."""
 
 
 class Sorted(BaseModel):
@@ -99,10 +116,7 @@ class Sorted(BaseModel):
     """Of its training rows."""
     empty: dict[str, int]
     """Empty cells, over all its rows."""
-    labels: list[str | float]
-    whole: bool
-    classes: dict[str, int]
-    """Training rows of each label."""
+    targets: list["SortedTarget"]
     unlabelled: int
     """Rows without a target, all of which are training rows."""
     bad: int
@@ -121,18 +135,21 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     """
     update("reading the schema")
     source = open_source(data, base)
-    _, features, number = look(source, data)
+    _, features, numbers = look(source, data)
     check_steps(data, features, base)
-    plan = _planned(data, source, optional(data, features), number, folder, keys)
+    plan = _planned(data, source, optional(data, features), numbers, folder, keys)
     plan.rows.mkdir(exist_ok=True)
 
     pieces = _sort(plan, update)
     _quarantine(pieces, data, source.where, folder)
-    labels = Labels({v for p in pieces for v in p.labels}, all(p.whole for p in pieces))
-    classes = labels.classes(data, source.where)
+    of_target = [[piece.targets[i] for piece in pieces if piece.targets] for i in range(len(plan.targets))]
+    classes = []
+    for (_, view, _), found in zip(plan.targets, of_target, strict=True):
+        labels = Labels({v for p in found for v in p.labels}, all(p.whole for p in found))
+        classes.append(labels.classes(view, source.where))
     counts = np.sum([p.buckets for p in pieces], axis=0)
     layout = _layout(counts, plan, source.where)
-    class_rows = _class_rows(pieces, classes, source.where)
+    class_rows = [_class_rows(found, labels, source.where) for found, labels in zip(of_target, classes, strict=True)]
 
     update("fitting the preprocessing")
     features = _narrowed(plan, pieces)
@@ -160,8 +177,9 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     write_bytes(folder / "schema.json", schema.model_dump_json(indent=1).encode())
     write_bytes(folder / "preprocess.json", preprocessing.model_dump_json(indent=1).encode())
     manifest = Manifest(
-        splits=done, window=window, row_bytes=row_bytes, encrypted=keys is not None, class_rows=class_rows,
-        unlabelled=sum(p.unlabelled for p in pieces),
+        splits=done, window=window, row_bytes=row_bytes, encrypted=keys is not None,
+        class_rows=[] if data.several else class_rows[0], unlabelled=sum(p.unlabelled for p in pieces),
+        lacking=[sum(p.lacking for p in found) for found in of_target] if data.several else [],
     )  # fmt: skip
     manifest.write(folder)
     shutil.rmtree(plan.rows)
@@ -169,12 +187,13 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
         record.unlink()
 
 
-def look(source: Source, data: Data) -> tuple[pa.Table, tuple[Feature, ...], bool]:
-    """The first rows of a source, what they hold, and whether the target is numbers. Raises DataError."""
+def look(source: Source, data: Data) -> tuple[pa.Table, tuple[Feature, ...], tuple[bool, ...]]:
+    """The first rows of a source, what they hold, and whether each target is numbers. Raises DataError."""
     head = source.head()
     features = schemas.infer(head, data, source.where)
     try:
-        return head, features, schemas.number_target(head.column(data.target), data)
+        numbers = tuple(schemas.number_target(head.column(view.one), view) for view in data.of_targets)
+        return head, features, numbers
     except DataError as error:
         raise DataError(f"{source.where}: {error}") from None
 
@@ -182,18 +201,20 @@ def look(source: Source, data: Data) -> tuple[pa.Table, tuple[Feature, ...], boo
 def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
     """What a project's data would become, by its first rows (the target by all of them). Raises DataError."""
     source = open_source(data, base)
-    head, features, number = look(source, data)
+    head, features, numbers = look(source, data)
     check_steps(data, features, base)
     bad = Bad(len(head))
-    labels = Labels()
-    if isinstance(source, FunctionSource):
-        labels.add(schemas.targets(head.column(data.target), data, number, bad))
-    else:
-        for piece in source.pieces():
-            for chunk in source.read(piece, [data.target]):
-                if len(chunk.table):
-                    labels.add(schemas.targets(chunk.table.column(0), data, number, Bad(len(chunk.table))))
-    classes = labels.classes(data, source.where)
+    classes = []
+    for view, number in zip(data.of_targets, numbers, strict=True):
+        name, labels = view.one, Labels()
+        if isinstance(source, FunctionSource):
+            labels.add(schemas.targets(head.column(name), view, number, bad))
+        else:
+            for piece in source.pieces():
+                for chunk in source.read(piece, [name]):
+                    if len(chunk.table):
+                        labels.add(schemas.targets(chunk.table.column(0), view, number, Bad(len(chunk.table))))
+        classes.append(labels.classes(view, source.where))
     columns = schemas.typed(head, optional(data, features), bad)
     good = _taken(columns, np.flatnonzero(~bad.mask))
     if bad.mask.all():
@@ -210,12 +231,17 @@ def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
     return _schema(data, classes, features, preprocessing.apply(_taken(good, np.arange(1)))), preprocessing
 
 
-def _schema(data: Data, classes: tuple[str | int, ...], features: tuple[Feature, ...], inputs: dict[str, np.ndarray]) -> Schema:
-    """inputs: of a row or more."""
+def _schema(
+    data: Data, classes: list[tuple[str | int, ...]], features: tuple[Feature, ...], inputs: dict[str, np.ndarray]
+) -> Schema:
+    """classes: of each target. inputs: of a row or more."""
+    names = [view.one for view in data.of_targets]
+    tasks = tuple(schemas.Task(name=name, classes=labels) for name, labels in zip(names, classes, strict=True))
     return Schema(
-        task="classification" if classes else "regression",
-        target=data.target,
-        classes=classes,
+        task="several" if data.several else "classification" if classes[0] else "regression",
+        target=", ".join(names),
+        classes=() if data.several else classes[0],
+        tasks=tasks if data.several else (),
         features=features,
         inputs={name: tuple(values.shape[1:]) for name, values in inputs.items()},
         ids=tuple(name for name, values in inputs.items() if values.dtype == np.int32),
@@ -246,14 +272,14 @@ def across(work: Callable[[Any], Any], items: list[Any], update: Callable[..., N
 
 
 def _planned(
-    data: Data, source: Source, features: tuple[Feature, ...], number: bool, folder: Path, keys: KeyStore | None
+    data: Data, source: Source, features: tuple[Feature, ...], numbers: tuple[bool, ...], folder: Path, keys: KeyStore | None
 ) -> Plan:
     """How many buckets there are does not decide what comes out, only how much a task holds at a time."""
     size = sum(s[1] for s in source.identity() if isinstance(s, list) and len(s) > 2)
     count = max(1, min(4096, 2 * size // BUCKET_BYTES))
     edges = {int(i * 2**63 / count) for i in range(count)}
     edges |= {first for *_, first, _ in shards.split_ranges(data.split)}
-    return Plan(data, source, features, number, np.array([*sorted(edges), 2**63 - 1], np.int64), folder, keys)
+    return Plan(data, source, features, numbers, np.array([*sorted(edges), 2**63 - 1], np.int64), folder, keys)
 
 
 def _sort(plan: Plan, update: Callable[..., None]) -> list[Sorted]:
@@ -290,8 +316,11 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
     columns: Columns = {}
     table, bad = chunk.table, Bad(len(chunk.table))
     if len(table):
-        target = schemas.targets(table.column(plan.data.target), plan.data, plan.number_target, bad)
-        columns = schemas.typed(table, plan.features, bad) | {TARGET: target}
+        found = {name: schemas.targets(table.column(view.one), view, number, bad) for name, view, number in plan.targets}
+        if plan.data.several:
+            none = np.all([schemas.without_target(values) for values in found.values()], axis=0)
+            bad.add(none, ", ".join(plan.data.target), "all empty")
+        columns = schemas.typed(table, plan.features, bad) | found
         if weights:
             columns[WEIGHT] = schemas.typed(table, (Feature(name=weights),), bad)[weights]
             bad.add(columns[WEIGHT] < 0, weights, "a weight below 0")
@@ -300,14 +329,16 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
             columns = _taken(columns, np.flatnonzero(~bad.mask))
     bad_rows = len(reasons) + len(bad.reasons)
     reasons += [(chunk.name(row), *reason) for row, reason in sorted(bad.reasons.items())[:KEPT_REASONS]]
-    counts, raw, empty, unlabelled = [0] * (len(plan.edges) - 1), {}, {}, 0
-    labels, classes, index = Labels(), {}, spill.Index(file="", ends=[])
-    if columns and len(columns[TARGET]):
-        features = {f.name: columns[f.name] for f in plan.features}
-        hashes = shards.row_hashes(features, columns[TARGET], plan.data.split.seed)
-        none = schemas.without_target(columns[TARGET])
-        unlabelled = int(none.sum())
-        hashes = np.where(none, plan.first_train + hashes % (2**63 - plan.first_train), hashes)
+    counts, raw, empty, unlabelled, targets = [0] * (len(plan.edges) - 1), {}, {}, 0, []
+    index = spill.Index(file="", ends=[])
+    (first, *_), *others = plan.targets
+    if columns and len(columns[first]):
+        features = {name: columns[name] for name in (*(f.name for f in plan.features), *(name for name, *_ in others))}
+        hashes = shards.row_hashes(features, columns[first], plan.data.split.seed)
+        if plan.data.unlabelled:
+            none = schemas.without_target(columns[first])
+            unlabelled = int(none.sum())
+            hashes = np.where(none, plan.first_train + hashes % (2**63 - plan.first_train), hashes)
         order = np.argsort(hashes, kind="stable")
         hashes, columns = hashes[order], _taken(columns, order)
         cuts = np.searchsorted(hashes, plan.edges[:-1])
@@ -323,23 +354,30 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
             empty[feature.name] = _missing(values)
             if len(hashes[train]):
                 raw[feature.name] = statistics(values[train])
-        labels.add(columns[TARGET])
-        if len(labels.values) <= Labels.MOST:
-            given = schemas.arrow_column(_some(columns[TARGET], np.flatnonzero(~none[order][train]) + train.start))
-            found = given.value_counts()
-            classes = dict(zip(map(str, found.field(0).to_pylist()), found.field(1).to_pylist(), strict=True))
+        targets = [_sorted_target(columns[name], train) for name, *_ in plan.targets]
     return Sorted(
         index=index,
         buckets=counts,
         raw=raw,
         empty=empty,
-        labels=list(labels.values),
-        whole=labels.whole,
-        classes=classes,
+        targets=targets,
         unlabelled=unlabelled,
         bad=bad_rows,
         reasons=reasons,
     )
+
+
+def _sorted_target(values: schemas.Column, train: slice) -> SortedTarget:
+    """train: which of its rows are training rows."""
+    labels = Labels()
+    labels.add(values)
+    given = np.flatnonzero(~schemas.without_target(values)[train]) + train.start
+    classes: dict[str, int] = {}
+    if len(labels.values) <= Labels.MOST:
+        found = schemas.arrow_column(_some(values, given)).value_counts()
+        classes = dict(zip(map(str, found.field(0).to_pylist()), found.field(1).to_pylist(), strict=True))
+    lacking = len(values) - train.start - len(given)
+    return SortedTarget(labels=list(labels.values), whole=labels.whole, classes=classes, lacking=lacking)
 
 
 def _check_images(columns: Columns, plan: Plan, bad: Bad) -> None:
@@ -409,7 +447,7 @@ def _layout(counts: np.ndarray, plan: Plan, where: str) -> list[tuple[SplitName,
     return out
 
 
-def _class_rows(pieces: list[Sorted], classes: tuple[str | int, ...], where: str) -> list[int]:
+def _class_rows(pieces: list[SortedTarget], classes: tuple[str | int, ...], where: str) -> list[int]:
     """Training rows of each class. Raises DataError for a class without one, which can never be learnt."""
     total: dict[str, int] = {}
     for piece in pieces:
@@ -488,8 +526,8 @@ def _read_piece(plan: Plan, piece: Sorted, buckets: Any, names: list[str] | None
 
 def _columns(plan: Plan, table: pa.Table) -> Columns:
     kinds: dict[str, Any] = {f.name: f.kind for f in plan.features} | {
-        TARGET: "number" if plan.number_target else "text",
         WEIGHT: "number",
+        **{name: "number" if number else "text" for name, _, number in plan.targets},
     }
     return {n: schemas.column_of(table.column(n), kinds[n]) for n in table.column_names if n != HASH}
 
@@ -534,13 +572,21 @@ def _write(
             own = range(max(0, first - start), min(int(counts[bucket]), first + rows - start))
             for at in range(own.start, own.stop, CACHED_ROWS):
                 mine = {n: v[at : min(at + CACHED_ROWS, own.stop)] for n, v in columns.items()}
-                target = schemas.class_index(mine.pop(TARGET), schema)
+                target = _written_target(plan, mine, schema)
                 weight = {WEIGHT: mine.pop(WEIGHT).astype(np.float32)} if WEIGHT in mine else {}
                 made = mine if split == "test" else preprocessing.apply(mine)
                 writer.write({**made, TARGET: target, **weight})
         shard = writer.close()
     write_json(record, shard.model_dump())
     return shard.model_dump()
+
+
+def _written_target(plan: Plan, columns: Columns, schema: Schema) -> np.ndarray:
+    """Of several `[rows, targets]` float32, classes by their index, NaN where there is none; takes them out of the columns."""
+    found = [schemas.class_index(columns.pop(name), of) for (name, *_), (of, _) in zip(plan.targets, schema.parts, strict=True)]
+    if not schema.tasks:
+        return found[0]
+    return np.stack([np.where(v < 0, np.nan, v) if v.dtype == np.int64 else v for v in found], axis=1).astype(np.float32)
 
 
 def _sample(plan: Plan, pieces: list[Sorted], rows: int) -> Any:

@@ -131,6 +131,20 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     parts.append(_data(profile))
     parts.append(f"<h2>Training</h2>{_curves(history)}{table(('what', 'value'), facts)}")
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
+    for name, found in test.get("tasks", {"": test}).items():
+        parts.append(_of_target(name, found))
+    if report["compress"]:
+        parts.append(_compression(report["compress"]))
+    parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
+    return page(report["name"], "".join(parts))
+
+
+def _of_target(name: str, test: dict[str, Any]) -> str:
+    """name: of one of several targets."""
+    parts = []
+    if name:
+        figures = [(k, f"{test[k]:.4f}") for k in ("rows", "accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
+        parts.append(f"<h3>{html.escape(name)}</h3>{table(('metric', 'value'), figures)}")
     if "confusion" in test:
         parts.append(_confusion([c["class"] for c in test["classes"]], test["confusion"]))
         rows = [
@@ -142,10 +156,7 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
             for c in test["classes"]
         ]
         parts.append(table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
-    if report["compress"]:
-        parts.append(_compression(report["compress"]))
-    parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
-    return page(report["name"], "".join(parts))
+    return "".join(parts)
 
 
 def table(head: tuple[str, ...], rows: list[Any]) -> str:

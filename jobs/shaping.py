@@ -230,7 +230,7 @@ class _Taught(Shaping):
             found, made = tuple(teacher.outputs[0].shape[1:]), tuple(student.outputs[0].shape[1:])
             if found != made or len(teacher.inputs) != len(student.inputs):
                 raise ModelError(f"{where}.teachers: one of them answers {found}, the student {made}: they must be of one task")
-        temperature = step.temperature if schema.classes else 0.0
+        parts = [(of, step.temperature if alone.classes else 0.0) for alone, of in schema.parts]
 
         def guide(inputs: Any) -> tuple[Any, Any]:
             import tensorflow as tf
@@ -242,7 +242,8 @@ class _Taught(Shaping):
             every = [wanted, *(t(_for(t, inputs), training=False) for t in teachers[1:])]
             wanted = tf.add_n([tf.cast(w, tf.float32) for w in every]) / len(every)
             outputs = tf.cast(outputs, tf.float32)
-            loss = (1 - step.labels) * distance(wanted, outputs, temperature)
+            far = [distance(wanted[:, of.start : of.stop], outputs[:, of.start : of.stop], t) for of, t in parts]
+            loss = (1 - step.labels) * tf.add_n(far)
             for a, b, turn in zip(own, others, turned, strict=True):
                 loss += _unlike(tf.cast(a, tf.float32) @ turn[0], tf.cast(b, tf.float32) @ turn[1])
             return outputs, loss

@@ -73,7 +73,7 @@ class Stage:
         self.counts = (len(every), len(trainable))
         schedule, self.factor = rate(self.train, end)
         settings = self.train.model_copy(update={"optimizer": self.train.optimizer.model_copy(update={"global_clipnorm": None})})
-        parts = compile_parts(settings, self.schema, self.manifest.class_rows, schedule)
+        parts = compile_parts(settings, self.schema, self.manifest, schedule)
         self.clip = self.train.optimizer.model_dump().get("global_clipnorm")
         self.optimizer, self.loss, self.meters = parts.optimizer, parts.loss, parts.meters()
         self.optimizer.build(self.weights)

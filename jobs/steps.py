@@ -91,6 +91,11 @@ class Objective:
     labelled: float = 1.0
     """The share of the training rows that have a target."""
 
+    @property
+    def variables(self) -> list[Any]:
+        """That are learnt with the model: weights of several targets."""
+        return getattr(self.loss, "variables", [])
+
 
 def present(target: Any) -> Any:
     """Which rows have a target: a class is -1, a number is NaN where there is none."""
@@ -102,7 +107,7 @@ def present(target: Any) -> Any:
 class Steps:
     """`train` and `evaluate` run blocks, `collect` sums what the ranks have; each is called by all ranks together.
 
-    specs: (shape of a row of each input, the target's type).
+    specs: (shape of a row of each input, `TensorSpec` of the rows' target).
     augment: how a step's rows are varied, and which inputs are ids of words.
     split: how many pieces a rank's rows of a step are computed in.
     """
@@ -114,7 +119,7 @@ class Steps:
         optimizer: Any,
         meters: list[Any],
         strategy: Any,
-        specs: tuple[dict[str, tuple[int, ...]], str],
+        specs: tuple[dict[str, tuple[int, ...]], Any],
         rank: int,
         ranks: int,
         split: int = 1,
@@ -128,17 +133,17 @@ class Steps:
         # What layers keep beside their weights, such as batch normalisation's moving means: each rank's are of its own rows.
         self.statistics = [v for v in model.non_trainable_variables if "float" in v.dtype]
         self.meter_variables = [v for meter in meters for v in meter.variables]
-        variables = model.trainable_variables
+        variables = [*model.trainable_variables, *objective.variables]
         replicas = strategy.num_replicas_in_sync
         local = replicas // ranks
         one_value = model.output_shape[-1] == 1
         optimizer._all_reduce_sum_gradients = lambda pairs: pairs  # they are summed when it gets them
         context = tf.distribute.get_replica_context
 
-        shapes, kind = specs
+        shapes, target_spec = specs
         # Named once: else each new number of rows would be traced, which takes seconds.
         whole, wholes, number = tf.TensorSpec((), tf.int32), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None,))
-        rows_spec = ({n: tf.TensorSpec((None, *s)) for n, s in shapes.items()}, tf.TensorSpec((None,), kind), number)
+        rows_spec = ({n: tf.TensorSpec((None, *s)) for n, s in shapes.items()}, target_spec, number)
         draws_spec = varying.specs(augment[0], shapes)
 
         def replica() -> int:

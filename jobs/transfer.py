@@ -123,7 +123,8 @@ def started(start: Start, schema: Schema, lora: bool = True) -> Any:
     model = keras.Model(source.inputs if len(source.inputs) > 1 else source.inputs[0], output, name=source.name)
     check_shapes(model, schema, where)
     layers = {layer.name: layer for layer in leaves(model)}
-    body = {name: layer for name, layer in layers.items() if name != model.layers[-1].name}
+    known = {layer.name for layer in leaves(source)} - ({model.layers[-1].name} if start.keep_head else set())
+    body = {name: layer for name, layer in layers.items() if name in known}
     if start.lora:
         _adapt(start, body, where, lora)
     frozen, later = matched(start.freeze, body, f"{where}.freeze"), set[str]()
@@ -146,8 +147,12 @@ def _new_head(source: Any, name: str | None, schema: Schema, where: str) -> Any:
         raise ModelError(f"{where}.head: `{head.name}` has several inputs: name a layer after it")
     if len(features.shape) > 2:
         features = keras.layers.Flatten(name=_free(source, "flatten_to_head"))(features)
-    activation = "softmax" if schema.classes else None
-    return keras.layers.Dense(schema.outputs, activation=activation, name=_free(source, HEAD))(features)
+    made = []
+    for alone, _ in schema.parts:
+        name = f"{HEAD}_{alone.target}" if schema.tasks else HEAD
+        activation = "softmax" if alone.classes else None
+        made.append(keras.layers.Dense(alone.outputs, activation=activation, name=_free(source, name))(features))
+    return keras.layers.Concatenate(name=_free(source, "targets"))(made) if schema.tasks else made[0]
 
 
 def _loaded(place: Path) -> Any:
@@ -305,7 +310,7 @@ def pace(optimizer: Any, model: Any, start: Start, steps_of_epoch: int) -> None:
     update = optimizer.update_step
 
     def paced(gradient: Any, variable: Any, learning_rate: Any) -> Any:
-        epoch, factor = held[optimizer._var_key(variable)]
+        epoch, factor = held.get(optimizer._var_key(variable), (1, 1.0))
         rate = tf.cast(learning_rate, tf.float32) * factor
         if epoch > 1:
             begun = tf.cast(optimizer.iterations.value, tf.int64) >= (epoch - 1) * steps_of_epoch

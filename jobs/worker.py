@@ -4,14 +4,13 @@ All ranks run the same loop. What they must decide together (save now, stop, go 
 exchange told all of them (`steps.Signals`), so no rank can take another way than the rest.
 """
 
-import contextlib
 import functools
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..datasets.shards import Manifest
 from ..errors import RunError
 from ..project import Augment, Model, Train
 from .anomaly import Detector, load_models
+from .averages import Averages, collect_statistics
 from .checkpoint import Checkpoints, forget_after, place, read
 from .course import judge, last_step, reached
 from .engine import Engine
@@ -38,6 +38,7 @@ from .model import build, compile_parts
 from .rate import rate
 from .shaping import Shrinking, shaped
 from .steps import HOST, MEMORY, ORDER, OWN, ROWS, STEP, WAIT, Fed, Feed, LossScale, Objective, Signals, Steps, claim
+from .tasks import Losses
 from .transfer import ADAPTERS, adapters, merged, pace
 from .watch import BOARD, METRICS, Watch, write_lines
 
@@ -128,24 +129,25 @@ class _Rank:
         with self.strategy.scope():
             self.model = job.build(self.schema)
             schedule, self.factor = rate(train, self.end)
-            parts = compile_parts(train, self.schema, self.manifest.class_rows, schedule)
+            parts = compile_parts(train, self.schema, self.manifest, schedule)
             self.optimizer = parts.optimizer
             if job.model.start and not job.shrinking:
                 pace(self.optimizer, self.model, job.model.start, self.part.steps)
             self.shaping = shaped(job.shrinking, self.model, self.schema, self.end)
             self.shaping.hook(self.optimizer)
-            self.optimizer.build(self.model.trainable_variables)
+            self.objective = Objective(parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled)
+            self.averages = Averages(train, self.model, self.optimizer)
+            self.optimizer.build([*self.model.trainable_variables, *self.objective.variables])
             meters, scale = parts.meters(), LossScale() if train.precision == "mixed_float16" else None
         self.twins = parts.meters()
         """Meters outside the strategy, which turn the ranks' sums into figures."""
         state = [*self.model.variables, *self.optimizer.variables, self.factor]
         state += [scale.variable, scale.counter] if scale else []
-        state += self.shaping.variables
-        specs = (self.schema.inputs, parts.target_dtype)
-        objective = Objective(parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled)
+        state += [*self.averages.variables, *self.shaping.variables, *self.objective.variables]
+        specs = (self.schema.inputs, parts.target)
         self.steps = Steps(
-            self.model, objective, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale, train.xla,
-            (job.augment, self.schema.ids),
+            self.model, self.objective, self.optimizer, meters, self.strategy, specs, rank, ranks, train.accumulate, scale,
+            train.xla, (job.augment, self.schema.ids),
         )  # fmt: skip
         self.measured = self._measure() if rank == 0 and job.measured else {}
         self.watch: Watch | None = None
@@ -341,7 +343,9 @@ class _Rank:
         train = self.job.train
         figures: dict[str, Any] = {"epoch": -(-self.step // self.part.steps), "step": self.step, **self._figures()}
         seconds = time.monotonic() - self.epoch_began
-        with self._averaged():
+        if self.step % self.part.steps == 0:
+            self.averages.end_of(figures["epoch"])
+        with self.averages.inside():
             if held_out:
                 done = 0
                 while done < self.held_out.steps:
@@ -351,6 +355,8 @@ class _Rank:
                 figures |= {f"val_{name}": value for name, value in self._figures().items()}
             weights = [(v.path, np.asarray(v)) for v in self.model.weights] if train.watch.histograms else []
         rate = round(self.rows / seconds, 1)
+        if isinstance(self.objective.loss, Losses):
+            figures |= self.objective.loss.learned()
         figures |= self.measured | {"seconds": round(seconds, 3), "rows_per_second": rate, "workers": self.ranks}
         self.history = [*self.history, figures]
         if self.watch:
@@ -366,18 +372,6 @@ class _Rank:
             variable.assign(value)
         self.steps.reset()
         return {twin.name: float(twin.result()) for twin in self.twins}
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Inside, the model has the moving average of its weights, where `train.ema` asks for one."""
-        if not self.job.train.ema:
-            yield
-            return
-        kept = [np.array(v) for v in self.model.trainable_variables]
-        self.optimizer.finalize_variable_values(self.model.trainable_variables)
-        yield
-        for variable, value in zip(self.model.trainable_variables, kept, strict=True):
-            variable.assign(value)
 
     def _judge(self) -> str:
         """Hold the last epoch against the ones before; why training ends, if it does."""
@@ -443,6 +437,8 @@ class _Rank:
         keras.mixed_precision.set_global_policy("float32")
         plain = job.build(self.schema)
         plain.set_weights(self._exported())
+        if job.train.swa:
+            collect_statistics(plain, self.part)
         self.shaping.finish(plain)
         if job.model.start and job.model.start.lora and not job.shrinking:
             with create(job.folder / ADAPTERS, job.seal) as out:
@@ -467,7 +463,7 @@ class _Rank:
             with self.strategy.scope():
                 for variable, value in zip(self.checkpoints.variables, read(best, self.job.seal)[1], strict=False):
                     variable.assign(value)
-        with self._averaged():
+        with self.averages.inside():
             return [np.asarray(w) for w in self.model.weights]
 
 

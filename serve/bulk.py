@@ -26,6 +26,8 @@ def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
     alone = read_rows(rows) if str(rows) == "-" or rows.suffix == ".json" else None
     schema = client.schema()
     classes = schema["classes"]
+    if schema["tasks"]:
+        raise DataError(f"{rows}: the model answers {schema['target']}: ask it from Python, or predict a dataset")
     if alone is not None:
         answers = client.predict(alone)
         best = [max(range(len(classes)), key=a.__getitem__) if classes else None for a in answers]

@@ -40,20 +40,32 @@ def execute(project: Project, base: Path, run: Run) -> None:
         with Client(start(endpoint, cluster), project.name, trust=keys.public_key()) as client:
             run.display.update("sending one sealed request")
             started = time.monotonic()
-            answer = np.asarray(client.predict(row)[0])
+            answered = client.predict(row)[0]
             seconds = time.monotonic() - started
         with silenced():  # one of these answered
             own = [e.predict(columns)[0] for e in Engine.allowed(run["bundle"], 1, project.serve.engine, keys)]
-        seen: dict[str, Any] = {"prediction": float(answer), "truth": float(truth)} if not schema.classes else {
-            "prediction": schema.classes[int(answer.argmax())],
-            "probability": float(answer.max()),
-            "truth": schema.classes[int(truth)],
+        by_target = answered if schema.tasks else {schema.target: answered}
+        answer = np.concatenate([np.atleast_1d(by_target[alone.target]) for alone, _ in schema.parts])
+        said = [
+            _said(np.atleast_1d(by_target[a.target]), t, a) for (a, _), t in zip(schema.parts, np.atleast_1d(truth), strict=True)
+        ]
+        seen: dict[str, Any] = said[0] if len(said) == 1 else {
+            "prediction": ", ".join(f"{a.target} {s['prediction']}" for (a, _), s in zip(schema.parts, said, strict=True)),
+            "truth": ", ".join(str(s["truth"]) for s in said),
         }  # fmt: skip
         gap = min(float(np.abs(answer - each).max()) for each in own)
         shutil.rmtree(models.folder)
         write_json(folder / "request.json", {**seen, "gap_to_local_model": gap, "seconds": round(seconds, 4), "inputs": row[0]})
 
     run.execute(Stage("predict", ("bundle",), project.serve.model_dump(), work))
+
+
+def _said(answer: np.ndarray, truth: Any, alone: Schema) -> dict[str, Any]:
+    """Of one target: what was predicted, how sure, and what is true."""
+    if not alone.classes:
+        return {"prediction": float(answer[0]), "truth": float(truth)}
+    known = alone.classes[int(truth)] if np.isfinite(truth) and truth >= 0 else "not known"
+    return {"prediction": alone.classes[int(answer.argmax())], "probability": float(answer.max()), "truth": known}
 
 
 def require_port(project: Project, run: Run) -> None:

@@ -62,14 +62,17 @@ class Identity:
     schema: Schema
 
     @property
-    def output(self) -> str:
-        """The name of the model's output."""
-        return "probabilities" if self.schema.classes else "values"
+    def outputs(self) -> dict[str, tuple[Schema, slice]]:
+        """By name, the schema of an output alone and where it stands among the model's: of several targets, each by its own."""
+        parts = self.schema.parts
+        if self.schema.tasks:
+            return {alone.target: (alone, of) for alone, of in parts}
+        return {"probabilities" if self.schema.classes else "values": parts[0]}
 
-    @property
-    def output_shape(self) -> list[int]:
-        """-1 for the rows."""
-        return [-1, len(self.schema.classes)] if self.schema.classes else [-1]
+
+def output_shape(alone: Schema) -> list[int]:
+    """-1 for the rows."""
+    return [-1, len(alone.classes)] if alone.classes else [-1]
 
 
 def input_shape(feature: Feature) -> list[int]:
@@ -128,6 +131,11 @@ def has_booleans(body: bytes) -> bool:
 def scores(outputs: np.ndarray, schema: Schema) -> np.ndarray:
     """`[rows, classes]`, or `[rows]` of a regression; contiguous, as `json_answer` needs it."""
     return np.ascontiguousarray(outputs if schema.classes else outputs[:, 0])
+
+
+def by_target(outputs: np.ndarray, schema: Schema) -> dict[str, np.ndarray]:
+    """`scores` of each of several targets."""
+    return {alone.target: scores(outputs[:, of], alone) for alone, of in schema.parts}
 
 
 def top(outputs: np.ndarray, schema: Schema, count: int) -> list[list[tuple[str, float, int]]]:

@@ -15,6 +15,7 @@ The answer has one output, `probabilities` FP32 `[rows, classes]` or `values` FP
 
 import math
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,19 @@ import orjson
 
 from ..datasets.schema import Columns, Feature, column_from_array, column_from_bytes, listed
 from ..errors import RequestError
-from .messages import LENGTH_HEADER, Answer, Ask, Identity, Request, input_shape, json_answer, json_object, scores, top
+from .messages import (
+    LENGTH_HEADER,
+    Answer,
+    Ask,
+    Identity,
+    Request,
+    input_shape,
+    json_answer,
+    json_object,
+    output_shape,
+    scores,
+    top,
+)
 
 DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
@@ -43,10 +56,10 @@ def ask(request: Request, model: Identity) -> Ask:
     answer_id = asked.get("id", "")
     if not isinstance(answer_id, str):
         raise RequestError('"id" must be text')
-    binary, classes = _wanted(asked, model)
+    wanted = _wanted(asked, model)
 
     def render(outputs: np.ndarray) -> Answer:
-        return _render(outputs, model, answer_id, binary, classes)
+        return _render(outputs, model, answer_id, wanted)
 
     return Ask(columns, rows, render)
 
@@ -152,42 +165,66 @@ def _from_json(given: dict[str, Any], feature: Feature) -> Any:
     return column_from_array(array.reshape(shape), feature)
 
 
-def _wanted(asked: dict[str, Any], model: Identity) -> tuple[bool, int]:
-    """Whether the output shall be binary, and of how many classes as text (0: as numbers)."""
+@dataclass(frozen=True)
+class _Wanted:
+    """An output that is asked for. classes: how many of them as text; 0 for all as numbers."""
+
+    name: str
+    binary: bool
+    classes: int
+
+
+def _wanted(asked: dict[str, Any], model: Identity) -> list[_Wanted]:
     default = _parameters(asked).get("binary_data_output", False)
-    outputs = asked.get("outputs") or [{"name": model.output}]
+    outputs = asked.get("outputs") or [{"name": name} for name in model.outputs]
     if not isinstance(outputs, list) or not all(isinstance(o, dict) for o in outputs):
         raise RequestError('"outputs" must be a list of objects')
-    if [o.get("name") for o in outputs] != [model.output]:
-        raise RequestError(f"the model has one output, `{model.output}`")
-    parameters = _parameters(outputs[0])
+    names = [o.get("name") for o in outputs]
+    if any(not isinstance(name, str) or name not in model.outputs for name in names) or len(set(names)) < len(names):
+        known = ", ".join(f"`{name}`" for name in model.outputs)
+        raise RequestError(
+            f"the model has one output, {known}" if len(model.outputs) == 1 else f"the model's outputs are {known}"
+        )
+    return [_asked_for(output, default, model) for output in outputs]
+
+
+def _asked_for(output: dict[str, Any], default: Any, model: Identity) -> _Wanted:
+    parameters, (alone, _) = _parameters(output), model.outputs[output["name"]]
     classes = parameters.get("classification", 0)
-    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0 or (classes and not model.schema.classes):
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0 or (classes and not alone.classes):
         raise RequestError("classification must be a number of classes, of a model that has some")
-    return bool(parameters.get("binary_data", default)), classes
+    return _Wanted(output["name"], bool(parameters.get("binary_data", default)), classes)
 
 
-def _render(outputs: np.ndarray, model: Identity, answer_id: str, binary: bool, classes: int) -> Answer:
+def _render(outputs: np.ndarray, model: Identity, answer_id: str, wanted: list[_Wanted]) -> Answer:
     head: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
     if answer_id:
         head["id"] = answer_id
-    if classes:
-        texts = [f"{score:f}:{i}:{label}" for row in top(outputs, model.schema, classes) for label, score, i in row]
+    found = [_tensor(outputs, model, each) for each in wanted]
+    head["outputs"] = [output for output, _ in found]
+    if not any(each.binary for each in wanted):
+        return json_answer(200, head)
+    text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
+    body = text + b"".join(raw for _, raw in found)
+    return Answer(200, "application/octet-stream", body, {LENGTH_HEADER: str(len(text))})
+
+
+def _tensor(outputs: np.ndarray, model: Identity, wanted: _Wanted) -> tuple[dict[str, Any], bytes]:
+    """(what the JSON says of an output, its bytes where it is binary)."""
+    alone, of = model.outputs[wanted.name]
+    outputs = outputs[:, of]
+    if wanted.classes:
+        texts = [f"{score:f}:{i}:{label}" for row in top(outputs, alone, wanted.classes) for label, score, i in row]
         kind, shape = "BYTES", [len(outputs), len(texts) // len(outputs)]
-        raw = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in texts) if binary else b""
+        raw = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in texts) if wanted.binary else b""
         plain: Any = texts
     else:
-        found = scores(outputs, model.schema)
+        found = scores(outputs, alone)
         kind, shape = "FP32", list(found.shape)
-        raw = found.astype("<f4", copy=False).tobytes() if binary else b""
+        raw = found.astype("<f4", copy=False).tobytes() if wanted.binary else b""
         plain = found.reshape(-1)
-    output: dict[str, Any] = {"name": model.output, "datatype": kind, "shape": shape}
-    output |= {"parameters": {"binary_data_size": len(raw)}} if binary else {"data": plain}
-    head["outputs"] = [output]
-    if not binary:
-        return json_answer(200, head)
-    text = orjson.dumps(head)
-    return Answer(200, "application/octet-stream", text + raw, {LENGTH_HEADER: str(len(text))})
+    output: dict[str, Any] = {"name": wanted.name, "datatype": kind, "shape": shape}
+    return output | ({"parameters": {"binary_data_size": len(raw)}} if wanted.binary else {"data": plain}), raw
 
 
 def server() -> Answer:
@@ -199,7 +236,7 @@ def server() -> Answer:
 
 def metadata(model: Identity, versions: list[int]) -> Answer:
     inputs = [{"name": f.name, "datatype": NATIVE[f.kind], "shape": input_shape(f)} for f in model.schema.features]
-    outputs = [{"name": model.output, "datatype": "FP32", "shape": model.output_shape}]
+    outputs = [{"name": name, "datatype": "FP32", "shape": output_shape(alone)} for name, (alone, _) in model.outputs.items()]
     found = {"name": model.name, "versions": [str(v) for v in versions], "platform": PLATFORM}
     return json_answer(200, found | {"inputs": inputs, "outputs": outputs})
 

@@ -53,11 +53,12 @@ def openapi(models: list[Identity], encrypted: str) -> dict[str, Any]:
         )
         paths[f"/v2/models/{model.name}/ready"] = _get("Whether it can answer", {"type": "object"}, (503,))
         row, verb = _row(model), "classify" if model.schema.classes else "regress"
+        verbs = [] if model.schema.tasks else [(f"{base}:{verb}", "examples", _examples(model), "results")]
         rows = {"type": "array", "minItems": 1, "items": row}
         refused = (403,) if encrypted == "required" else ()
         for path, key, given, found in (
             (f"{base}:predict", "instances", rows, "predictions"),
-            (f"{base}:{verb}", "examples", {"type": "array", "minItems": 1, "items": _object(model)}, "results"),
+            *verbs,
         ):
             body = {
                 "type": "object",
@@ -162,6 +163,10 @@ def _example(feature: Feature) -> Any:
     return found
 
 
+def _examples(model: Identity) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": _object(model)}
+
+
 def html(models: list[Identity], encrypted: str) -> bytes:
     cards = "".join(_card(m, encrypted) for m in models)
     return PAGE.replace("@CARDS@", cards).encode()
@@ -174,7 +179,12 @@ def _card(model: Identity, encrypted: str) -> str:
         f"<td>{e(MUST_BE.get(f.kind, 'finite numbers in that shape'))}{', or empty' if f.optional else ''}</td></tr>"
         for f in schema.features
     )
-    answers = f"a probability for each of {', '.join(map(str, schema.classes))}" if schema.classes else "one value"
+    answers = "; ".join(
+        f"{f'of {alone.target} ' if schema.tasks else ''}a probability for each of {', '.join(map(str, alone.classes))}"
+        if alone.classes
+        else f"one value{f' of {alone.target}' if schema.tasks else ''}"
+        for alone, _ in schema.parts
+    )
     sample = {"instances": [{f.name: _example(f) for f in schema.features}]}
     form = (
         "<p>This model takes sealed requests only: use <code>heliograph predict</code>.</p>"

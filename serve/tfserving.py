@@ -16,7 +16,19 @@ import numpy as np
 
 from ..datasets.schema import parse_columns, parse_instances
 from ..errors import RequestError
-from .messages import Answer, Ask, Identity, has_booleans, input_shape, json_answer, json_object, scores, top
+from .messages import (
+    Answer,
+    Ask,
+    Identity,
+    by_target,
+    has_booleans,
+    input_shape,
+    json_answer,
+    json_object,
+    output_shape,
+    scores,
+    top,
+)
 
 SIGNATURE = "serving_default"
 VERBS = ("predict", "classify", "regress")
@@ -44,7 +56,11 @@ def _predict(body: bytes, model: Identity) -> Ask:
 
 def _rows(columns: dict[str, Any], model: Identity, key: str) -> Ask:
     def render(outputs: np.ndarray) -> Answer:
-        return json_answer(200, {key: scores(outputs, model.schema)})
+        if not model.schema.tasks:
+            return json_answer(200, {key: scores(outputs, model.schema)})
+        found = by_target(outputs, model.schema)
+        rows = [{name: values[i] for name, values in found.items()} for i in range(len(outputs))]
+        return json_answer(200, {key: found if key == "outputs" else rows})
 
     return Ask(columns, len(next(iter(columns.values()))), render)
 
@@ -60,6 +76,7 @@ def _examples(body: bytes, model: Identity, results: Callable[[np.ndarray], Any]
 
 
 def _classify(body: bytes, model: Identity) -> Ask:
+    _require_one_target(model)
     if not model.schema.classes:
         raise RequestError(f"`{model.name}` is a regression: ask it to :regress or :predict")
     count = len(model.schema.classes)
@@ -70,7 +87,13 @@ def _classify(body: bytes, model: Identity) -> Ask:
     return _examples(body, model, results)
 
 
+def _require_one_target(model: Identity) -> None:
+    if model.schema.tasks:
+        raise RequestError(f"`{model.name}` answers {model.schema.target}: ask it to :predict")
+
+
 def _regress(body: bytes, model: Identity) -> Ask:
+    _require_one_target(model)
     if model.schema.classes:
         raise RequestError(f"`{model.name}` is a classification: ask it to :classify or :predict")
     return _examples(body, model, lambda outputs: scores(outputs, model.schema))
@@ -94,7 +117,7 @@ def status(states: dict[int, str]) -> Answer:
 def metadata(model: Identity) -> Answer:
     """The signature as TensorFlow Serving has it; beside it our schema, which says more."""
     features = {f.name: _tensor(f.name, TYPES.get(f.kind, "DT_STRING"), input_shape(f)) for f in model.schema.features}
-    outputs = {model.output: _tensor(model.output, "DT_FLOAT", model.output_shape)}
+    outputs = {name: _tensor(name, "DT_FLOAT", output_shape(alone)) for name, (alone, _) in model.outputs.items()}
     signature = {"inputs": features, "outputs": outputs, "method_name": "tensorflow/serving/predict"}
     spec = {"name": model.name, "signature_name": "", "version": str(model.version)}
     found = {"signature_def": {"signature_def": {SIGNATURE: signature}}, "schema": model.schema.model_dump(mode="json")}

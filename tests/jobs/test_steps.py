@@ -27,7 +27,7 @@ def stepped(
     shapes = {"x": inputs.shape[1:]}
     steps = Steps(
         model, Objective(keras.losses.mean_squared_error, labelled=labelled), optimizer, [keras.metrics.Mean("loss")],
-        tf.distribute.get_strategy(), (shapes, "float32"), 0, 1, augment=(how, ()),
+        tf.distribute.get_strategy(), (shapes, tf.TensorSpec((None,))), 0, 1, augment=(how, ()),
     )  # fmt: skip
     draws = augment.draw(how, shapes, [np.arange(rows)], 1, (0, 1)) if how else {}
     block = Block({"x": inputs}, target, weight, np.array([0, rows], np.int32), np.array([rows], np.float32), draws)

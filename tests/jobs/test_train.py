@@ -10,13 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from heliograph.cluster.keys import DATA_KEY, KeyStore
+from heliograph.datasets.ingest import Part
 from heliograph.datasets.schema import parse_instances
+from heliograph.datasets.shards import Manifest
 from heliograph.jobs.engine import Engine
 from heliograph.jobs.prepare import prepare
 from heliograph.jobs.train import train
 from heliograph.jobs.watch import EVENTS, METRICS, STEPS, read_lines
 from heliograph.jobs.worker import STOP_FILE, Job
-from heliograph.project import Augment, Data, Model, Optimizer, Schedule, Split, Stop, Train, Watch
+from heliograph.project import Augment, Checkpoint, Data, Model, Optimizer, Schedule, Split, Stop, Train, Watch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -189,6 +191,40 @@ def test_half_precision_with_a_moving_average_trains_and_exports_what_was_best(j
     lines = trained(job, tmp_path / "run", 1, precision="mixed_float16", ema=0.9, export="best", metrics=["accuracy"])
     assert lines[-1]["val_accuracy"] > 0.85
     assert result(tmp_path / "run")["onnx_gap"] < 1e-5
+
+
+NORMED = """\
+import keras
+from keras import layers
+
+
+def build(schema, hp):
+    image = keras.Input(schema.input_shape, name="image")
+    x = layers.Dense(16, use_bias=False, name="inner")(layers.Flatten()(image))
+    x = layers.BatchNormalization(name="norm")(x)
+    return keras.Model(image, layers.Dense(schema.outputs, activation="softmax", name="out")(x))
+"""
+
+
+def test_the_mean_of_the_last_epochs_is_exported_with_statistics_of_its_own(job, tmp_path):
+    import keras
+
+    (tmp_path / "model.py").write_text(NORMED)
+    normed = replace(job, project=tmp_path, model=Model())
+    trained(normed, tmp_path / "swa", 1, epochs=4, swa=2, checkpoint=Checkpoint(keep=4))
+    model = keras.saving.load_model(tmp_path / "swa" / "model.keras", compile=False)
+    ends = [np.load(place / "state.npz") for place in sorted((tmp_path / "swa" / "checkpoints").glob("step-*"))]
+    assert len(ends) == 4
+    for name in ("inner", "out"):
+        kernel = model.get_layer(name).get_weights()[0]
+        every = [next(v for v in end.values() if v.shape == kernel.shape) for end in ends]
+        np.testing.assert_allclose(kernel, np.mean(every[1:], axis=0), atol=1e-6)
+    part = Part(job.prepared, Manifest.read(job.prepared), "train", job.keys, 0, 1, 64, None)
+    image = np.concatenate([part.read_window(w, 1)["image"] for w in range(part.windows)])
+    found = image.reshape(len(image), -1) @ model.get_layer("inner").get_weights()[0]
+    _, _, mean, variance = model.get_layer("norm").get_weights()
+    np.testing.assert_allclose(mean, found.mean(axis=0), atol=0.05 * found.std())
+    np.testing.assert_allclose(variance, found.var(axis=0), rtol=0.1)
 
 
 def test_training_stops_when_it_is_told_to(job, tmp_path):

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pyarrow as pa
 import pytest
+from heliograph.datasets.schema import Task
 from heliograph.serve import arrow
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,3 +240,53 @@ def test_bytes_tensors_are_split_by_their_lengths():
     for broken, count in ((data[:-1], 3), (data, 2), (data + b"\0", 3), (struct.pack("<I", 1 << 31), 1)):
         with pytest.raises(RequestError):
             _split(memoryview(broken), count, feature)
+
+
+def test_several_targets_are_answered_by_name(tmp_path):
+    schema = TENSOR.model_copy(update={
+        "task": "several", "target": "pet, weight", "classes": (),
+        "tasks": (Task(name="pet", classes=("cat", "dog")), Task(name="weight")),
+    })  # fmt: skip
+    room = Room(tmp_path)
+    room.add("zoo", schema, [[1, 0, 5], [0, 1, 7]])
+    room.follow()
+    rows = [[0.25, 0.75], [1, 0]]
+    zoo = "/v1/models/zoo"
+    found = [{"pet": [0.25, 0.75], "weight": 6.5}, {"pet": [1.0, 0.0], "weight": 5.0}]
+    assert posted(room, f"{zoo}:predict", {"instances": rows}) == (200, {"predictions": found})
+    by_name = {"pet": [[0.25, 0.75], [1.0, 0.0]], "weight": [6.5, 5.0]}
+    assert posted(room, f"{zoo}:predict", {"inputs": rows}) == (200, {"outputs": by_name})
+    for verb in ("classify", "regress"):
+        status, answer = posted(room, f"{zoo}:{verb}", {"examples": [{"x": [1, 2]}]})
+        assert (status, answer["error"]) == (400, "`zoo` answers pet, weight: ask it to :predict")
+    signature = json.loads(room.ask("GET", f"{zoo}/metadata").body)["metadata"]["signature_def"]["signature_def"]
+    outputs = signature["serving_default"]["outputs"]
+    assert {n: [d["size"] for d in o["tensor_shape"]["dim"]] for n, o in outputs.items()} == {
+        "pet": ["-1", "2"],
+        "weight": ["-1"],
+    }
+    tensor = {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [0.25, 0.75, 1, 0]}
+    infer = "/v2/models/zoo/infer"
+    status, answer = posted(room, infer, {"inputs": [tensor]})
+    assert [(o["name"], o["shape"], o["data"]) for o in answer["outputs"]] == [
+        ("pet", [2, 2], [0.25, 0.75, 1.0, 0.0]), ("weight", [2], [6.5, 5.0])
+    ]  # fmt: skip
+    some = [{"name": "weight", "parameters": {"binary_data": True}}, {"name": "pet", "parameters": {"classification": 1}}]
+    answer = room.ask("POST", infer, json.dumps({"inputs": [tensor], "outputs": some}).encode())
+    length = int(answer.headers["inference-header-content-length"])
+    head = json.loads(answer.body[:length])
+    assert [o["name"] for o in head["outputs"]] == ["weight", "pet"]
+    assert np.frombuffer(answer.body[length:], "<f4").tolist() == [6.5, 5.0]
+    assert head["outputs"][1]["data"] == ["0.750000:1:dog", "1.000000:0:cat"]
+    status, answer = posted(room, infer, {"inputs": [tensor], "outputs": [{"name": "size"}]})
+    assert (status, answer["error"]) == (400, "the model's outputs are `pet`, `weight`")
+    assert [o["name"] for o in json.loads(room.ask("GET", "/v2/models/zoo").body)["outputs"]] == ["pet", "weight"]
+    body = pa.BufferOutputStream()
+    table = pa.table({"x": pa.FixedShapeTensorArray.from_numpy_ndarray(np.array(rows, np.float32))})
+    with pa.ipc.new_stream(body, table.schema) as out:
+        out.write_table(table)
+    answer = room.ask("POST", f"{zoo}:predict", body.getvalue().to_pybytes(), arrow.TYPE)
+    columns = pa.ipc.open_stream(answer.body).read_all()
+    assert columns.column("pet prediction").to_pylist() == ["dog", "cat"]
+    assert columns.column("weight prediction").to_pylist() == [6.5, 5.0]
+    assert b"of pet a probability for each of cat, dog; one value of weight" in room.ask("GET", "/docs").body
