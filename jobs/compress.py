@@ -15,11 +15,11 @@ from typing import Any
 
 from ..cluster.storage import read_json, write_json
 from ..errors import ModelError
-from ..project import FILE, Project
+from ..project import FILE, Project, Train
 from ..recipes import FIGURES, Compress, Distil
 from . import candidate, transfer
 from .candidate import CANDIDATE, Task, put
-from .demand import room
+from .demand import MOST_PARALLEL, room
 from .engine import COMPRESSED, FILES, TABLE
 from .run import code_of, key_store, registry
 from .stages import Run, hashed
@@ -27,6 +27,8 @@ from .watch import METRICS, STEPS, last_line
 from .worker import STOP_FILE, Job
 
 SECONDS_TO_STOP = 60
+RETRIES = 3
+"""Of a candidate whose machine is lost: it goes on from its last checkpoint."""
 
 
 def compress(project: Project, base: Path, run: Run, folder: Path) -> None:
@@ -34,9 +36,8 @@ def compress(project: Project, base: Path, run: Run, folder: Path) -> None:
     wanted = project.compress
     assert wanted
     tasks = _tasks(project, base, run, wanted)
-    made = _Made(run, tasks, project.train.fewest_workers)
-    made.all(project)
-    forms = [("original", run["train"], read_json(made.originals))]
+    originals = _make(project.train, wanted, run, tasks)
+    forms = [("original", run["train"], read_json(originals))]
     forms += [(task.name, task.folder, read_json(task.folder / CANDIDATE)) for task in tasks]
     table = _timed(forms, tasks[0].job, run)
     places = {name: str(place.relative_to(run.folder)) for name, place, _ in forms}
@@ -80,86 +81,79 @@ def _tasks(project: Project, base: Path, run: Run, wanted: Compress) -> list[Tas
             for text in (text for place in found for text in transfer.compared(place, run["prepare"], where)):
                 run.display.say(text)
             teachers.append(tuple(found) or (run["train"].resolve(),))
-        made_of = [run.fingerprints["train"], code_of(base), [s.model_dump() for s in steps], [_known(t) for t in teachers]]
+        known = [[transfer.digest(teacher) for teacher in each] for each in teachers]
+        made_of = [run.fingerprints["train"], code_of(base), [step.model_dump() for step in steps], known]
         place = run.folder / "candidates" / hashed(made_of)
         tasks.append(Task(name, tuple(steps), place, job, run["train"].resolve(), tuple(teachers)))
     return tasks
 
 
-def _known(teachers: tuple[Path, ...]) -> list[str]:
-    return [transfer.digest(teacher) for teacher in teachers]
+def _make(train: Train, wanted: Compress, run: Run, tasks: list[Task]) -> Path:
+    """Make the candidates that are not there; the file that describes the original."""
+    import ray
+
+    originals = run.folder / "candidates" / f"original-{run.fingerprints['train'][:16]}.json"
+    if not originals.exists():
+        describe: Any = ray.remote(max_calls=1)(candidate.original)
+        write_json(originals, ray.get(describe.remote(tasks[0])))
+    missing = [task for task in tasks if not (task.folder / CANDIDATE).exists()]
+    if missing:
+        each, ranks, parallel = room(train, min(wanted.parallel or MOST_PARALLEL, len(missing)))
+        with _makers(each, ranks, parallel, train.resources.placement) as makers:
+            _by(makers, run, tasks, missing)
+    return originals
 
 
-class _Made:
-    """Sees to it that all candidates are made."""
+def _by(makers: list[Any], run: Run, tasks: list[Task], missing: list[Task]) -> None:
+    """Each maker a candidate after the other. Raises ModelError, when all others are made, for those that cannot be."""
+    import ray
 
-    def __init__(self, run: Run, tasks: list[Task], ranks: int):
-        self.run, self.tasks, self.ranks = run, tasks, ranks
-        self.originals = run.folder / "candidates" / f"original-{run.fingerprints['train'][:16]}.json"
-        self.missing = [task for task in tasks if not (task.folder / CANDIDATE).exists()]
+    waiting, working, failed = list(missing), {}, []
+    free = list(makers)
+    try:
+        while waiting or working:
+            while waiting and free:
+                maker, task = free.pop(0), waiting.pop(0)
+                working[maker.make.remote(task)] = maker, task
+            done, _ = ray.wait(list(working), timeout=0.3)
+            for reference in done:
+                maker, task = working.pop(reference)
+                free.append(maker)
+                if why := ray.get(reference):
+                    failed.append(why if why.startswith("compress.") else f"compress.recipes.{task.name}: {why}")
+            _show(run, tasks, [task for _, task in working.values()], len(waiting))
+    except KeyboardInterrupt:
+        _stop(run, working)
+        raise
+    if failed:
+        raise ModelError("\n".join(f"{FILE}: {why}" for why in failed))
 
-    def all(self, project: Project) -> None:
-        import ray
 
-        wanted = project.compress
-        assert wanted
-        if not self.originals.exists():
-            describe: Any = ray.remote(max_calls=1)(candidate.original)
-            found = describe.remote(self.tasks[0])
-            write_json(self.originals, ray.get(found))
-        if not self.missing:
-            return
-        each, ranks, parallel = room(project.train, min(wanted.parallel or len(self.missing), len(self.missing)))
-        with _makers(each, ranks, parallel, project.train.resources.placement) as makers:
-            self._by(makers)
+def _stop(run: Run, working: dict[Any, Any]) -> None:
+    """Ask what trains for a last checkpoint."""
+    import ray
 
-    def _by(self, makers: list[Any]) -> None:
-        import ray
+    run.display.update("interrupted: saving checkpoints")
+    for _, task in working.values():
+        for folder in task.folder.glob("[0-9]*-*"):
+            (folder / STOP_FILE).touch()
+    with contextlib.suppress(KeyboardInterrupt):
+        ray.wait(list(working), num_returns=len(working), timeout=SECONDS_TO_STOP)
 
-        waiting, working, failed = list(self.missing), {}, []
-        free = list(makers)
-        try:
-            while waiting or working:
-                while waiting and free:
-                    maker, task = free.pop(0), waiting.pop(0)
-                    working[maker.make.remote(task)] = maker, task
-                done, _ = ray.wait(list(working), timeout=0.3)
-                for reference in done:
-                    maker, task = working.pop(reference)
-                    free.append(maker)
-                    if why := ray.get(reference):
-                        failed.append(why if why.startswith("compress.") else f"compress.recipes.{task.name}: {why}")
-                self._show([task for _, task in working.values()], len(waiting))
-        except KeyboardInterrupt:
-            self._stop(working)
-            raise
-        if failed:
-            raise ModelError("\n".join(f"{FILE}: {why}" for why in failed))
 
-    def _stop(self, working: dict[Any, Any]) -> None:
-        """Ask what trains for a last checkpoint."""
-        import ray
-
-        self.run.display.update("interrupted: saving checkpoints")
-        for _, task in working.values():
-            for folder in task.folder.glob("[0-9]*-*"):
-                (folder / STOP_FILE).touch()
-        with contextlib.suppress(KeyboardInterrupt):
-            ray.wait(list(working), num_returns=len(working), timeout=SECONDS_TO_STOP)
-
-    def _show(self, working: list[Task], waiting: int) -> None:
-        said, progress = [], 0.0
-        for task in working:
-            of = f"{task.name}: loading" if not task.folder.exists() else f"{task.name}: converting"
-            for i, step in enumerate(task.steps):
-                line, epoch = last_line(task.place(i) / STEPS), last_line(task.place(i) / METRICS)
-                if line and not (task.place(i) / "result.json").exists():
-                    value = next((f" {epoch[k]:.3f}" for k in ("val_accuracy", "val_loss") if k in epoch), "")
-                    of = f"{task.name}: {step.step} {100 * line['step'] / line['end']:.0f} %{value}"
-                    progress += line["step"] / line["end"] / len(task.steps)
-            said.append(of)
-        done = len(self.tasks) - waiting - len(working)
-        self.run.display.update(", ".join(said), done + progress, len(self.tasks))
+def _show(run: Run, tasks: list[Task], working: list[Task], waiting: int) -> None:
+    said, progress = [], 0.0
+    for task in working:
+        of = f"{task.name}: loading" if not task.folder.exists() else f"{task.name}: converting"
+        for i, step in enumerate(task.steps):
+            line, epoch = last_line(task.place(i) / STEPS), last_line(task.place(i) / METRICS)
+            if line and not (task.place(i) / "result.json").exists():
+                value = next((f" {epoch[k]:.3f}" for k in ("val_accuracy", "val_loss") if k in epoch), "")
+                of = f"{task.name}: {step.step} {100 * line['step'] / line['end']:.0f} %{value}"
+                progress += line["step"] / line["end"] / len(task.steps)
+        said.append(of)
+    done = len(tasks) - waiting - len(working)
+    run.display.update(", ".join(said), done + progress, len(tasks))
 
 
 @contextlib.contextmanager
@@ -177,6 +171,8 @@ def _makers(each: dict[str, float], ranks: int, parallel: int, placement: str) -
         yield [
             maker.options(
                 **options(each),
+                max_restarts=RETRIES,
+                max_task_retries=RETRIES,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True),
             ).remote(ranks, parallel * ranks, each)
             for group in groups
