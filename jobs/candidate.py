@@ -72,7 +72,7 @@ class Maker:
         self.group: Group | None = None
 
     def make(self, task: Task) -> str:
-        """Make a candidate, as far as it is not made; why it cannot be, which is empty when it could."""
+        """Make a candidate, as far as it is not made; why it cannot be made, or nothing."""
         began = time.monotonic()
         try:
             source = task.trained
@@ -88,8 +88,7 @@ class Maker:
                 last: Any = ray.remote(num_cpus=0, max_calls=1)(finish)
                 ray.get(last.remote(task, began, self.here))
         except Exception as error:
-            found = explained(error)
-            if isinstance(found, ModelError) and not isinstance(error, KeyboardInterrupt):
+            if found := explained(error):
                 return str(found)
             raise
         return ""
