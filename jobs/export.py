@@ -52,17 +52,20 @@ def answers(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(model(fed(inputs), training=False))
 
 
-def export(model: Any, prepared: Path, keys: KeyStore | None, folder: Path, seal: Seal | None) -> float:
-    """Write `model.keras`, `model.onnx` and, where the model converts, `model.tflite`; the largest difference of the first two on
-    real rows. Raises ModelError."""
+def export(model: Any, prepared: Path, keys: KeyStore | None, folder: Path, seal: Seal | None) -> dict[str, float]:
+    """Write `model.keras`, `model.onnx` and, where the model converts and then answers the same, `model.tflite`; `onnx_gap` and
+    `litert_gap`, the largest differences from the first on real rows. Raises ModelError."""
     inputs, _ = sample(prepared, keys, "validation", ROWS)
     with _written(folder, seal) as made:
         model.save(made / FILES["keras"], include_optimizer=False)
         _onnx(model, made / FILES["onnx"])
-        gap = difference(model, Engine(made, prepared), inputs)
-        with contextlib.suppress(ModelError):  # operations that LiteRT does not have: ONNX Runtime serves such a model
+        gaps = {"onnx_gap": difference(model, Engine(made, prepared), inputs)}
+        try:
             (made / FILES["litert"]).write_bytes(_litert(model, made))
-    return gap
+            gaps["litert_gap"] = difference(model, Engine(made, prepared, kind="litert"), inputs)
+        except ModelError:  # operations that LiteRT does not have, or has otherwise: ONNX Runtime serves such a model
+            (made / FILES["litert"]).unlink(missing_ok=True)
+    return gaps
 
 
 def difference(model: Any, engine: Engine, inputs: dict[str, np.ndarray]) -> float:

@@ -153,9 +153,9 @@ def _fuse(members: Members, folder: Path) -> None:
     if len(target):
         said["fused"] = _quality(target, _answers(made, inputs), schema)
     seal = Seal.make(folder, members.sealing) if members.encrypt else None
-    gap = export(made, members.prepared, members.keys, folder, seal)
-    figures = {"workers": 1, "weights_sha256": [], "parameters": made.count_params(), "onnx_gap": gap, "batch_size": 64}
-    write_json(folder / "result.json", figures | {"fusion": said})
+    gaps = export(made, members.prepared, members.keys, folder, seal)
+    figures = {"workers": 1, "weights_sha256": [], "parameters": made.count_params(), "batch_size": 64}
+    write_json(folder / "result.json", figures | gaps | {"fusion": said})
 
 
 def _validation(members: Members) -> tuple[dict[str, np.ndarray], np.ndarray]:

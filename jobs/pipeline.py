@@ -308,10 +308,10 @@ class _Pipeline:
         best = place(self.folder, self.best or 0)
         if self.job.train.export == "best" and best.exists():
             values = read(best, self.job.seal)[1]
-        gap, parameters = ray.get(self.actors[0][0].export.remote(ray.put(values)))
+        gaps, parameters = ray.get(self.actors[0][0].export.remote(ray.put(values)))
         write_lines(self.job.folder / METRICS, self.history)
         pipeline = {"cuts": self.cut.places, "stage_seconds": self.cut.seconds, "stage_bytes": self.cut.bytes}
-        figures = {"workers": self.replicas, "weights_sha256": [self.digest], "parameters": parameters, "onnx_gap": gap}
+        figures = {"workers": self.replicas, "weights_sha256": [self.digest], "parameters": parameters, **gaps}
         figures |= {"stopped": reason, "batch_size": self.job.batch_size, "pipeline": pipeline}
         write_json(self.job.folder / "result.json", {**figures, **self.history[-1]})
 

@@ -18,7 +18,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "stages": run.stages,
         "seconds": round(sum(s["seconds"] for s in run.stages if not s["reused"]), 2),
         "test": read_json(run["evaluate"] / "metrics.json"),
-        "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) == 1},
+        "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) <= 1},
         "compress": read_json(run["compress"] / TABLE) if project.compress else None,
         "request": read_json(asked) if (asked := run["predict"] / "request.json").exists() else None,
         "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
@@ -123,13 +123,19 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     facts = [
         ("parameters", f"{train['parameters']:,}"),
         ("workers", f"{train['workers']}, weights {'identical' if train['ranks_identical'] else 'DIFFERENT'}"),
-        ("ONNX against Keras", f"differs by {train['onnx_gap']:.1e} at most"),
+        *(
+            (f"{name} against Keras", f"differs by {train[key]:.1e} at most, on real rows")
+            for name, key in (("ONNX", "onnx_gap"), ("LiteRT", "litert_gap"))
+            if key in train
+        ),
     ]
     if request:
         facts.append(("endpoint against local model", f"differs by {request['gap_to_local_model']:.1e}"))
     parts = [f"<h1>{html.escape(report['name'])}</h1><p class=lead>{sentence}.</p>"]
     parts.append(_data(profile))
-    parts.append(f"<h2>Training</h2>{_curves(history)}{table(('what', 'value'), facts)}")
+    if fusion := train.get("fusion"):
+        parts.append(_fusion(fusion, main[0]))
+    parts.append(f"<h2>Training</h2>{_curves(history) if history else ''}{table(('what', 'value'), facts)}")
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
     for name, found in test.get("tasks", {"": test}).items():
         parts.append(_of_target(name, found))
@@ -137,6 +143,17 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
         parts.append(_compression(report["compress"]))
     parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
     return page(report["name"], "".join(parts))
+
+
+def _fusion(said: dict[str, Any], metric: str) -> str:
+    """What was fused, what each member is worth on the validation rows, and how much of it there is."""
+    members, figures = said["members"], said["validation"] or [None] * len(said["members"])
+    part = said.get("weights") or [1.0 if m in said.get("taken", members) else 0.0 for m in members]
+    rows = [(m, "–" if v is None else f"{abs(v):.4f}", f"{w:g}") for m, v, w in zip(members, figures, part, strict=True)]
+    rows += [("all together", f"{abs(said['fused']):.4f}", "")] if "fused" in said else []
+    rows += [("out of fold", f"{abs(said['out_of_fold']):.4f}", "")] if "out_of_fold" in said else []
+    kind = metric if metric == "accuracy" else "mean squared error"
+    return f"<h2>Fusion by {html.escape(said['by'])}</h2>{table(('member', f'{kind}, validation', 'part'), rows)}"
 
 
 def _of_target(name: str, test: dict[str, Any]) -> str:

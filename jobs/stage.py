@@ -354,8 +354,8 @@ class Stage:
     def close(self) -> None:
         self.watch.close()
 
-    def export(self, values: Arrays) -> tuple[float, int]:
-        """Write model.keras and model.onnx of the whole model: (their difference, parameters)."""
+    def export(self, values: Arrays) -> tuple[dict[str, float], int]:
+        """Write the whole model: (what `export.export` returns, parameters)."""
         import keras
 
         from .export import export

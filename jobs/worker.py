@@ -445,12 +445,12 @@ class _Rank:
                 found: dict[str, Any] = {**adapters(plain)}
                 np.savez(out, **found)
             plain = merged(job.model.start, self.schema, plain)
-        gap = export(plain, job.prepared, job.keys, job.folder, job.seal)
+        gaps = export(plain, job.prepared, job.keys, job.folder, job.seal)
         figures = {
             "workers": self.ranks,
             "weights_sha256": self.checkpoints.digests,
             "parameters": plain.count_params(),
-            "onnx_gap": gap,
+            **gaps,
             "stopped": stopped,
             "batch_size": self.part.batch_size,
         }
