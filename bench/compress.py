@@ -249,7 +249,7 @@ def labels(root: Path, running, seeds: int) -> dict[str, float]:
         made = POOL.format(seed=seed)
         text = DIGITS.format(data=data.format("pool"), validation=0.1, test=0.1, seed=seed, filters=32, units=128, epochs=12)
         teacher = ran(root / f"teacher-{seed}", running, text, CNN, made=made)
-        text = DIGITS.format(data=data.format("few"), validation=0.12, test=0.6, seed=seed, filters=32, units=128, epochs=40)
+        text = DIGITS.format(data=data.format("few"), validation=0.12, test=0.6, seed=seed, filters=9, units=32, epochs=40)
         text += (
             f"compress:\n  recipes:\n    own: [{{step: distil}}]\n    all: [{{step: distil, teachers: ['{teacher.folder}']}}]\n"
         )
@@ -257,7 +257,7 @@ def labels(root: Path, running, seeds: int) -> dict[str, float]:
         table = rows(run)
         manifest = json.loads((run["prepare"] / "manifest.json").read_text())
         few = sum(manifest["class_rows"])
-        text = DIGITS.format(data=data.format("alone"), validation=0.12, test=0.6, seed=seed, filters=32, units=128, epochs=40)
+        text = DIGITS.format(data=data.format("alone"), validation=0.12, test=0.6, seed=seed, filters=9, units=32, epochs=40)
         found["alone"].append(test_accuracy(ran(root / f"alone-{seed}", running, text, CNN, made=made)))
         for name, form in (("plain", "original"), ("teacher_of_150", "own"), ("teacher_of_all", "all")):
             found[name].append(table[form]["test"]["accuracy"])
