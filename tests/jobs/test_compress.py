@@ -231,7 +231,7 @@ def test_other_programs_load_what_is_taken_out_and_answer_the_same(made, tmp_pat
 
 @pytest.mark.timeout(600)
 def test_what_was_interrupted_goes_on_from_its_checkpoint(tmp_path, command):
-    folder = written(tmp_path / "spots", "    long: [{step: prune, epochs: 400}, int8]\n")
+    folder = written(tmp_path / "spots", "    long: [{step: prune, epochs: 150}, int8]\n")
     running = command("run", folder)
     steps = folder / "runs" / "default" / "candidates"
     running.wait_for(lambda: any(len(p.read_text().splitlines()) > 60 for p in steps.glob("*/1-prune/steps.jsonl")), 240)
@@ -359,10 +359,10 @@ def test_every_mistake_is_a_line(tmp_path, made):
         (lambda: shaping.kernels(model, ["norm"], where), "x[0].layers: norm: have no kernels"),
         (lambda: shaping._layer(model, "x", where), "no layer `x`: the model has"),
     ]
-    narrow = keras.Sequential([keras.Input((3,)), LAYERS.Dense(2, name="a")])
+    narrow = keras.Sequential([keras.Input((3,)), LAYERS.Dense(2, name="a")], name="narrow")
     prune = shaping.Prune(step="prune", pattern="2:4")
     calls.append(
-        (lambda: shaping._Pruning(prune, narrow, 10, where), "x[0].pattern: `sequential/a/kernel` has 3 inputs, fewer than 4")
+        (lambda: shaping._Pruning(prune, narrow, 10, where), "x[0].pattern: `narrow/a/kernel` has 3 inputs, fewer than 4")
     )
     schema = shaping.Schema.read(made["prepare"])
     distil = shaping.Distil(step="distil")
