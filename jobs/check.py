@@ -8,7 +8,8 @@ from ..cluster.runtime import LocalCluster
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Feature, Schema
 from ..datasets.sources import FunctionSource, open_source
-from ..project import Project
+from ..project import FILE, Project
+from ..recipes import Channels, Prune
 from .display import silenced
 from .prepare import sniff
 
@@ -21,24 +22,46 @@ def check(project: Project, base: Path) -> list[str]:
         schema, preprocessing = sniff(project.data, base)
     with silenced():
         import keras  # noqa: F401
-    from .model import build, compile_parts
+    from .engine import keras_model
+    from .model import build, check_shapes, compile_parts
     from .run import key_store, registry
     from .transfer import find
 
-    own = project.model
-    if own.start:
-        found = find(own.start.model, base, key_store(project, base, base / "runs" / "default"), registry(project, base))
-        own = own.started_from(found)
-    model = build(own, schema, base)
+    own, keys, models = project.model, key_store(project, base, base / "runs" / "default"), registry(project, base)
+    if own.fuse:
+        for i, address in enumerate(own.fuse.members):
+            where = f"{FILE}: model.fuse.members[{i}]"
+            check_shapes(keras_model(find(address, base, keys, models, where), keys), schema, f"{where}: {address}")
+        described = f"{len(own.fuse.members)} models become one by {own.fuse.by}"
+    else:
+        if own.start:
+            own = own.started_from(find(own.start.model, base, keys, models))
+        model = build(own, schema, base)
+        _check_recipes(project, model)
+        described = f"{model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}{_trains(model)}"
     compile_parts(project.train, schema)
     return [
         f"source   {project.data.source}: {_features(schema)}",
         f"prepare  {_steps(preprocessing)}",
         *(f"target   {alone.target}: {_target(alone)}" for alone, _ in schema.parts),
-        f"model    {model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}{_trains(model)}",
+        f"model    {described}",
         f"train    {project.train.epochs} epochs, {project.train.workers} workers, batches of {project.train.batch_size}",
         "ok",
     ]
+
+
+def _check_recipes(project: Project, model: Any) -> None:
+    """The layers that recipes name, where they begin with the model as it is. Raises ModelError."""
+    from .channels import narrowed
+    from .shaping import kernels
+
+    for name, steps in project.compress.recipes.items() if project.compress else ():
+        where = f"{FILE}: compress.recipes.{name}[0]"
+        match steps[0]:
+            case Prune() as step:
+                kernels(model, step.layers, where)
+            case Channels() as step:
+                narrowed(model, step.share, step.layers, where)
 
 
 def _trains(model: Any) -> str:

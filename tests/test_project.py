@@ -71,7 +71,10 @@ serve: {host: 0.0.0.0}
     ("text", "line"),
     [
         ("name: x\n\tdata: 1\n", "heliograph.yaml:2: found character '\\t' that cannot start any token (indent with spaces"),
-        ("- name\n", "heliograph.yaml:1: should be a mapping with these keys: name, data, model, train, serve, tune, compress, keys"),
+        (
+            "- name\n",
+            "heliograph.yaml:1: should be a mapping with these keys: name, data, model, train, serve, tune, compress, keys",
+        ),
         ("", "heliograph.yaml:1: should be a mapping with these keys"),
         (GOOD + "train: {workers: 9, batch_size: 64}\n", "train.workers is 9, but data.shards is 8"),
         (GOOD + "train: {workers: 4, batch_size: 4}\n", "train.batch_size is 4, but 4 workers need at least 8 rows"),
