@@ -71,6 +71,8 @@ def require_alike(members: Members) -> None:
     """Raises ModelError where members cannot be fused in this way."""
     prepared, by = members.prepared, members.settings.by
     schema, steps = Schema.read(prepared), _steps(prepared)
+    if by in BY_ROWS and not Manifest.read(prepared).rows("validation"):
+        raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by validation rows: give `data.split.validation` a share")
     notes = [members.note(i) for i in range(len(members.places))]
     for i, place in enumerate(members.places):
         if not (place / "schema.json").is_file():
@@ -87,8 +89,6 @@ def require_alike(members: Members) -> None:
     if by in BY_ROWS and schema.tasks:
         raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by one target, and there are several: fuse by `mean` or `soup`")
     if by in BY_ROWS:
-        if not Manifest.read(prepared).rows("validation"):
-            raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by validation rows: give `data.split.validation` a share")
         if other := next((i for i, note in enumerate(notes) if note.get("data") != members.data), None):
             raise ModelError(
                 f"{members.where(other)}: was trained on other data or another split, maybe on rows that {by} would choose by: "
