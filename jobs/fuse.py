@@ -88,12 +88,12 @@ def require_alike(members: Members) -> None:
             raise ModelError(f"{members.where(i)}: was trained on inputs that were prepared otherwise: fuse models of one `data`")
     if by in BY_ROWS and schema.tasks:
         raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by one target, and there are several: fuse by `mean` or `soup`")
-    if by in BY_ROWS:
-        if other := next((i for i, note in enumerate(notes) if note.get("data") != members.data), None):
-            raise ModelError(
-                f"{members.where(other)}: was trained on other data or another split, maybe on rows that {by} would choose by: "
-                "fuse by `mean`, or models of one `data`"
-            )
+    other = next((i for i, note in enumerate(notes) if note.get("data") != members.data), None)
+    if by in BY_ROWS and other is not None:
+        raise ModelError(
+            f"{members.where(other)}: was trained on other data or another split, maybe on rows that {by} would choose by: "
+            "fuse by `mean`, or models of one `data`"
+        )
     ancestors = {note.get("ancestor") for note in notes}
     if by in OF_WEIGHTS and (len(ancestors) > 1 or None in ancestors):
         lacking = next((i for i, note in enumerate(notes) if not note.get("ancestor")), None)
