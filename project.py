@@ -273,16 +273,20 @@ class Data(Section):
         return not isinstance(self.target, str)
 
     @property
+    def targets(self) -> list[str]:
+        return [self.target] if isinstance(self.target, str) else self.target
+
+    @property
     def of_targets(self) -> "list[Data]":
         """The same for each target alone; of several, each may be empty."""
-        if isinstance(self.target, str):
+        if not self.several:
             return [self]
-        return [self.model_copy(update={"target": name, "unlabelled": True}) for name in self.target]
+        return [self.model_copy(update={"target": name, "unlabelled": True}) for name in self.targets]
 
     @model_validator(mode="after")
     def _several_targets_are_plain(self):
-        if not isinstance(self.target, str):
-            if len(set(self.target)) < len(self.target):
+        if self.several:
+            if len(set(self.targets)) < len(self.targets):
                 raise ValueError("target names a column twice")
             if self.task or self.unlabelled or (self.augment and self.augment.mixup):
                 raise ValueError("several targets go without `task`, `unlabelled` and mixup")

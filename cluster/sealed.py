@@ -88,6 +88,12 @@ def read(file: Path, seal: Seal | None) -> bytes:
         return source.read()
 
 
+def copy(file: Path, target: Path, keys: KeyStore, seal: Seal | None) -> None:
+    """A file, opened where its own folder is sealed, in another place, sealed there where there is a seal."""
+    with create(target, seal) as out:
+        out.write(read(file, Seal.of(file.parent, keys)))
+
+
 class _Writer(io.RawIOBase):
     def __init__(self, out: BinaryIO, seal: Seal, name: str):
         salt = os.urandom(SALT)

@@ -396,6 +396,11 @@ class Preprocessing(BaseModel):
     steps: tuple[Fitted, ...] = ()
     inputs: dict[str, tuple[str, ...]] = {}
 
+    @classmethod
+    def read(cls, folder: Path) -> "Preprocessing":
+        """Of what `prepare` made, or of a bundle that is not sealed."""
+        return cls.model_validate_json((folder / "preprocess.json").read_bytes())
+
     def run(self, columns: Columns) -> Columns:
         """The steps alone."""
         out = dict(columns)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .preprocess import Statistics, finite
 from .schema import Column, Columns, Schema, class_index
-from .shards import TARGET
+from .shards import target_columns
 
 BINS, TOP = 20, 10
 NEAR = 0.01
@@ -82,8 +82,8 @@ def profile(
         made.drift = _drift(values, train, test)
         described.append(made)
     classes = {}
-    for k, (alone, _) in enumerate(schema.parts):
-        name, prefix = (f"{TARGET}-{k}", f"{alone.target} ") if schema.tasks else (TARGET, "")
+    for name, (alone, _) in zip(target_columns(len(schema.parts)), schema.parts, strict=True):
+        prefix = f"{alone.target} " if schema.tasks else ""
         labels = class_index(columns[name], alone)[train] if alone.classes else np.empty(0, int)
         classes |= {f"{prefix}{c}": int((labels == i).sum()) for i, c in enumerate(alone.classes)}
     near = _near(schema, columns, train, test)

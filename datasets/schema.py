@@ -108,12 +108,6 @@ class Schema(BaseModel):
             at += alone.outputs
         return found
 
-    def answers(self, outputs: Any) -> Any:
-        """Classes of probabilities `[rows, classes]`, or values `[rows]`, for the target, or by name for several."""
-        if not self.tasks:
-            return outputs if self.classes else outputs[:, 0]
-        return {alone.target: alone.answers(outputs[:, of]) for alone, of in self.parts}
-
     def columns(self, table: pa.Table) -> Columns:
         """The features of a table that `typed` made, or of a test shard."""
         return {f.name: column_of(table.column(f.name), f.kind) for f in self.features}
@@ -129,7 +123,7 @@ def require(columns: list[str], names: list[str], where: str) -> None:
 def infer(head: pa.Table, data: Data, where: str) -> tuple[Feature, ...]:
     """The features of a source by the types and values of its first rows. Raises DataError, which names `where`."""
     weight = [data.weight] if data.weight else []
-    targets = [data.target] if isinstance(data.target, str) else data.target
+    targets = data.targets
     chosen = data.features or [n for n in head.column_names if n not in (*targets, PATH, *weight)]
     require([*targets, *weight, *chosen, *data.types], head.column_names, where)
     if both := [name for name in targets if name in chosen]:

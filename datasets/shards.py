@@ -40,6 +40,13 @@ from .schema import Column, Columns, hash64
 SplitName = Literal["train", "validation", "test"]
 TARGET, WEIGHT = "heliograph-target", "heliograph-weight"
 SHAPE = b"heliograph-shape"
+
+
+def target_columns(count: int) -> list[str]:
+    """What rows that are not written yet call their targets."""
+    return [TARGET] if count == 1 else [f"{TARGET}-{i}" for i in range(count)]
+
+
 WINDOW_BYTES = 4 << 20
 MATERIAL = "_KEY_MATERIAL_FOR_"
 """How the Parquet format names the file that holds a shard's wrapped keys."""

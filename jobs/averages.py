@@ -7,16 +7,16 @@ train.swa   the mean of the weights at the ends of the epochs, from one on (Izma
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..datasets.ingest import Part
-from ..datasets.schema import as_fed
-from ..datasets.shards import TARGET
+from ..cluster.keys import KeyStore
 from ..project import Train
+from .export import sample
+from .layers import leaves
 from .steps import fed
-from .transfer import leaves
 
 BATCH, BATCHES = 128, 200
 """Of training rows, from which statistics are collected."""
@@ -29,11 +29,8 @@ class Averages:
         import keras
 
         self.train, self.model, self.optimizer = train, model, optimizer
-        self.means = [
-            keras.Variable(np.zeros(v.shape, np.float32), trainable=False, name="mean")
-            for v in model.trainable_variables
-            if train.swa
-        ]
+        averaged = model.trainable_variables if train.swa else []
+        self.means = [keras.Variable(np.zeros(v.shape, np.float32), trainable=False, name="mean") for v in averaged]
         self.count = keras.Variable(0, dtype="int32", trainable=False, name="averaged")
 
     @property
@@ -70,23 +67,18 @@ class Averages:
             variable.assign(value)
 
 
-def collect_statistics(model: Any, part: Part) -> None:
-    """Let batch normalisation find the moving means and variances of the model's weights as they are, from a worker's rows."""
+def collect_statistics(model: Any, prepared: Path, keys: KeyStore | None) -> None:
+    """Let batch normalisation find the moving means and variances of the model's weights as they are, from training rows."""
     import keras
 
     norms = [layer for layer in leaves(model) if isinstance(layer, keras.layers.BatchNormalization)]
     if not norms:
         return
-    kept, done = [layer.momentum for layer in norms], 0
-    for window in range(part.windows):
-        columns = part.read_window(window, 1)
-        inputs = {name: as_fed(columns[name]) for name in columns if name in part.no_rows() and name != TARGET}
-        for at in range(0, len(columns[TARGET]), BATCH):
-            for layer in norms:
-                layer.momentum = done / (done + 1)  # so that all batches count alike
-            model(fed({name: values[at : at + BATCH] for name, values in inputs.items()}), training=True)
-            done += 1
-            if done == BATCHES:
-                break
+    inputs, target = sample(prepared, keys, "train", BATCH * BATCHES)
+    kept = [layer.momentum for layer in norms]
+    for done, at in enumerate(range(0, len(target), BATCH)):
+        for layer in norms:
+            layer.momentum = done / (done + 1)  # so that all batches count alike
+        model(fed({name: values[at : at + BATCH] for name, values in inputs.items()}), training=True)
     for layer, momentum in zip(norms, kept, strict=True):
         layer.momentum = momentum

@@ -21,7 +21,7 @@ from typing import Any
 
 from .. import __version__
 from ..cluster.keys import KeyStore
-from ..cluster.sealed import KEY_FILE, Seal, create, read
+from ..cluster.sealed import KEY_FILE, Seal, copy
 from ..cluster.storage import in_memory, read_json, write_json
 from ..errors import BundleError, SignatureError
 
@@ -41,8 +41,7 @@ def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], ke
         if part.parent == sealed:
             shutil.copyfile(part, folder / part.name)
         else:
-            with create(folder / part.name, seal) as out:
-                out.write(read(part, Seal.of(part.parent, keys)))
+            copy(part, folder / part.name, keys, seal)
     note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage}
     write_json(folder / "bundle.json", note)
     with in_memory(keys.signing_key(), "signing.key") as private:

@@ -16,26 +16,24 @@ from typing import Any
 import numpy as np
 
 from ..cluster.fit import Bundle
-from ..cluster.keys import KeyStore
 from ..cluster.runtime import explained
-from ..cluster.sealed import Seal, create, read
+from ..cluster.sealed import Seal, read
 from ..cluster.storage import write_json
 from ..datasets.schema import Schema
 from ..errors import ModelError
 from ..project import Stop, Train
 from ..recipes import AnyStep, Distil, Numbers, Prune, Trains
-from .engine import FILES, Engine, Kind, keras_model
+from .engine import FILES, RUNTIMES, Engine, Kind, keras_model
 from .evaluate import judged
 from .export import ROWS, answers, export, quantised, sample
-from .group import Group
+from .group import Ranks, ready
 from .shaping import Shrinking, sparsity
 from .steps import claim
-from .worker import STOP_FILE, Job, work_as
+from .worker import Job
 
 CANDIDATE = "candidate.json"
 ROUNDS = 10
 ROUND_SECONDS = 0.05
-WARM = 5
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,8 @@ class Task:
 class Maker:
     """here: how many workers of recipes are on a machine at the same time; each: what a worker takes."""
 
-    def __init__(self, ranks: int, here: int, each: Bundle):
-        self.ranks, self.here, self.each = ranks, here, each
-        self.group: Group | None = None
+    def __init__(self, here: int, each: Bundle):
+        self.here, self.ranks = here, Ranks(here, each)
 
     def make(self, task: Task) -> str:
         """Make a candidate, as far as it is not made; why it cannot be made, or nothing."""
@@ -80,7 +77,7 @@ class Maker:
                 if isinstance(step, Trains):
                     self._train(task, i, step, source)
                     source = task.place(i)
-            if self.ranks == 1:
+            if task.job.train.fewest_workers == 1:
                 finish(task, began, self.here)
             else:  # not here: TensorFlow forms groups only where it has not computed yet
                 import ray
@@ -94,28 +91,15 @@ class Maker:
         return ""
 
     def _train(self, task: Task, i: int, step: Trains, source: Path) -> None:
-        import keras
-
         folder = task.place(i)
         if (folder / "result.json").exists():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        if task.job.train.encrypt and task.job.sealing:
-            Seal.make(folder, task.job.sealing)
         assert task.job.sealing
-        (folder / STOP_FILE).unlink(missing_ok=True)
         where = f"compress.recipes.{task.name}[{i}]"
-        job = replace(
-            task.job, train=settings(task.job.train, step), folder=folder,
-            shrinking=Shrinking(step, source, task.teachers[i], task.job.sealing, where),
-        )  # fmt: skip
-        keras.backend.clear_session()
-        if self.ranks > 1:
-            self.group = self.group or Group(self.ranks, self.each)
-            self.group.begin(job, self.here)
-        work_as(job, 0, self.ranks, self.here)
-        if self.group:
-            self.group.join()
+        shrinking = Shrinking(step, source, task.teachers[i], task.job.sealing, where)
+        job = replace(task.job, train=settings(task.job.train, step), folder=folder, shrinking=shrinking)
+        ready(job)
+        self.ranks.train(job)
         if not (folder / "result.json").exists():
             raise InterruptedError(task.name)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -147,18 +131,17 @@ def finish(task: Task, began: float, here: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seal = Seal.make(folder, job.sealing) if job.train.encrypt and job.sealing else None
     model = keras_model(task.last, job.sealing)
-    kinds: list[Kind]
     if numbers:
-        kinds = [quantised(model, numbers, job.prepared, job.keys, folder, seal)]
+        quantised(model, numbers, job.prepared, job.keys, folder, seal)
     else:
         export(model, job.prepared, job.keys, folder, seal)
-        kinds = ["onnx", "litert"] if (folder / FILES["litert"]).exists() else ["onnx"]
-    note = described(task.name, folder, kinds, model, job)
+    note = described(task.name, folder, model, job)
     write_json(folder / CANDIDATE, note | {"seconds": round(time.monotonic() - began, 1)})
 
 
-def described(name: str, folder: Path, kinds: list[Kind], model: Any, job: Job) -> dict[str, Any]:
+def described(name: str, folder: Path, model: Any, job: Job) -> dict[str, Any]:
     """What there is to say about a form of a model without its timings. Raises ModelError where it answers no numbers."""
+    kinds: list[Kind] = [kind for kind in RUNTIMES if (folder / FILES[kind]).is_file()]
     engine = Engine(folder, job.prepared, 1, kinds[0], job.sealing)
     inputs, _ = sample(job.prepared, job.keys, "validation", ROWS)
     own, found = answers(model, inputs), engine.forward(inputs)
@@ -181,15 +164,13 @@ def described(name: str, folder: Path, kinds: list[Kind], model: Any, job: Job) 
 def original(task: Task) -> dict[str, Any]:
     """The same of the model that recipes begin with."""
     claim(1, 2)
-    kinds: list[Kind] = ["onnx", "litert"] if (task.trained / FILES["litert"]).exists() else ["onnx"]
-    model = keras_model(task.trained, task.job.sealing)
-    return described("original", task.trained, kinds, model, task.job)
+    return described("original", task.trained, keras_model(task.trained, task.job.sealing), task.job)
 
 
-def timings(forms: list[tuple[str, Path, Kind]], job: Job) -> list[dict[str, float]]:
+def timings(forms: list[tuple[Path, Kind]], job: Job) -> list[dict[str, float]]:
     """Milliseconds of a call, of 1 row and of 32, the median and the 99th percentile: all in turn, on one thread of a process in
     which nothing else is done."""
-    engines = [Engine(folder, job.prepared, 1, kind, job.sealing) for _, folder, kind in forms]
+    engines = [Engine(folder, job.prepared, 1, kind, job.sealing) for folder, kind in forms]
     taken: list[dict[int, list[float]]] = [{1: [], 32: []} for _ in engines]
     for round_ in range(-1, ROUNDS):
         for engine, times in zip(engines, taken, strict=True):
@@ -207,10 +188,3 @@ def timings(forms: list[tuple[str, Path, Kind]], job: Job) -> list[dict[str, flo
         {f"p{p}_{rows}": round(float(np.percentile(found, p)), 5) for rows, found in times.items() for p in (50, 99)}
         for times in taken
     ]
-
-
-def put(file: Path, name: str, keys: KeyStore, folder: Path, sealed: bool) -> None:
-    """Copy a candidate's file into a new folder, which is sealed or not."""
-    folder.mkdir(exist_ok=True)
-    with create(folder / name, Seal.make(folder, keys) if sealed else None) as out:
-        out.write(read(file, Seal.of(file.parent, keys)))

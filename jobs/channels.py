@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
-from .transfer import matched
+from .layers import matched
 
 WIDTH = {"Dense": "units", "Conv1D": "filters", "Conv2D": "filters", "Conv3D": "filters"}
 """Layers whose channels can go, and the key of their configuration that counts them."""
@@ -51,14 +51,13 @@ def narrowed(model: Any, share: float, patterns: list[str], where: str) -> Any:
         if layer.name in free:
             leaving = _strongest(layer, share)
             widths[layer.name] = int(leaving.sum())
-        elif kind == "Flatten":
-            leaving = np.tile(arriving[0], leaving.size // arriving[0].size)
-        elif kind == "Concatenate":
-            leaving = np.concatenate(arriving)
-        elif kind in THROUGH or kind == "BatchNormalization":
-            leaving = arriving[0]
-        elif kind in OWN_WEIGHTS:
-            leaving = np.repeat(arriving[0], layer.depth_multiplier)
+        elif _passes(layer, kind, inputs):
+            if kind == "Concatenate":
+                leaving = np.concatenate(arriving)
+            elif kind == "Flatten":
+                leaving = np.tile(arriving[0], leaving.size // arriving[0].size)
+            else:
+                leaving = np.repeat(arriving[0], getattr(layer, "depth_multiplier", 1))
         kept[id(output)] = leaving
         weights.setdefault(layer.name, _sliced(layer, arriving[0] if arriving else leaving, leaving))
 

@@ -23,15 +23,15 @@ def check(project: Project, base: Path) -> list[str]:
     with silenced():
         import keras  # noqa: F401
     from .engine import keras_model
+    from .fuse import places_of
     from .model import build, check_shapes, compile_parts
     from .run import key_store, registry
     from .transfer import find
 
     own, keys, models = project.model, key_store(project, base, base / "runs" / "default"), registry(project, base)
     if own.fuse:
-        for i, address in enumerate(own.fuse.members):
-            where = f"{FILE}: model.fuse.members[{i}]"
-            check_shapes(keras_model(find(address, base, keys, models, where), keys), schema, f"{where}: {address}")
+        for i, place in enumerate(places_of(own.fuse, base, keys, models)):
+            check_shapes(keras_model(place, keys), schema, f"{FILE}: model.fuse.members[{i}]: {own.fuse.members[i]}")
         described = f"{len(own.fuse.members)} models become one by {own.fuse.by}"
     else:
         if own.start:

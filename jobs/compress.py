@@ -13,12 +13,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..cluster.sealed import Seal, copy
 from ..cluster.storage import read_json, write_json
 from ..errors import ModelError
 from ..project import FILE, Project, Train
 from ..recipes import FIGURES, Compress, Distil
 from . import candidate, transfer
-from .candidate import CANDIDATE, Task, put
+from .candidate import CANDIDATE, Task
 from .demand import MOST_PARALLEL, room
 from .engine import COMPRESSED, FILES, TABLE
 from .run import code_of, key_store, registry
@@ -40,13 +41,14 @@ def compress(project: Project, base: Path, run: Run, folder: Path) -> None:
     forms = [("original", run["train"], read_json(originals))]
     forms += [(task.name, task.folder, read_json(task.folder / CANDIDATE)) for task in tasks]
     table = _timed(forms, tasks[0].job, run)
-    places = {name: str(place.relative_to(run.folder)) for name, place, _ in forms}
-    rows = [_judged(row | {"place": places[row["name"]]}, table[0], wanted) for row in table]
+    rows = [_judged(row, table[0], wanted) for row in table]
     good = [row for row in rows[1:] if row["meets"]]
     chosen = min(good, key=lambda row: row["figures"]["latency_ms" if wanted.prefer == "latency" else "size"], default=None)
     if chosen:
-        keys, file = key_store(project, base, run.folder), FILES[chosen["engine"]]
-        put(run.folder / chosen["place"] / file, file.replace("model", COMPRESSED), keys, folder / "form", project.train.encrypt)
+        keys, file, form = key_store(project, base, run.folder), FILES[chosen["engine"]], folder / "form"
+        form.mkdir(exist_ok=True)
+        seal = Seal.make(form, keys) if project.train.encrypt else None
+        copy(run.folder / chosen["place"] / file, form / file.replace("model", COMPRESSED), keys, seal)
     note = {
         "require": wanted.require,
         "prefer": wanted.prefer,
@@ -174,7 +176,7 @@ def _makers(each: dict[str, float], ranks: int, parallel: int, placement: str) -
                 max_restarts=RETRIES,
                 max_task_retries=RETRIES,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True),
-            ).remote(ranks, parallel * ranks, each)
+            ).remote(parallel * ranks, each)
             for group in groups
         ]
     finally:
@@ -187,14 +189,15 @@ def _timed(forms: list[tuple[str, Path, dict[str, Any]]], job: Job, run: Run) ->
     import ray
 
     run.display.update("measuring times", len(forms), len(forms))
-    every = [(name, folder.resolve(), kind) for name, folder, note in forms for kind in note["engines"]]
+    every = [(folder.resolve(), kind) for _, folder, note in forms for kind in note["engines"]]
     measure: Any = ray.remote(max_calls=1)(candidate.timings)
-    times = dict(zip([(name, kind) for name, _, kind in every], ray.get(measure.remote(every, job)), strict=True))
+    times = dict(zip(every, ray.get(measure.remote(every, job)), strict=True))
     rows = []
-    for name, _, note in forms:
-        kind = min(note["engines"], key=lambda k: times[name, k]["p50_1"])
+    for name, folder, note in forms:
+        kind = min(note["engines"], key=lambda k: times[folder.resolve(), k]["p50_1"])
         known = {key: value for key, value in note.items() if key not in ("engines", "name")}
-        rows.append({"name": name, "engine": kind, **note["engines"][kind], **known, "latency_ms": times[name, kind]})
+        place = {"place": str(folder.relative_to(run.folder)), "latency_ms": times[folder.resolve(), kind]}
+        rows.append({"name": name, "engine": kind, **note["engines"][kind], **known, **place})
     return rows
 
 

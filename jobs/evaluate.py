@@ -18,9 +18,8 @@ from ..datasets import shards
 from ..datasets.ingest import Part
 from ..datasets.schema import Schema, to_numpy
 from ..datasets.shards import TARGET, Manifest, SplitName
+from ..recipes import FIGURES
 from .engine import Engine
-
-MEANT = ("accuracy", "roc_auc", "mae", "rmse", "r2")
 
 
 def evaluate(
@@ -54,7 +53,7 @@ def figures(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> dict[str
         kind = np.int64 if alone.classes else np.float32
         tasks[alone.target] = figures(target[has, i].astype(kind), outputs[has, of], alone) if has.any() else {"rows": 0}
     means = {}
-    for name in MEANT:
+    for name in FIGURES:
         every = [found[name] for found in tasks.values() if found.get(name) is not None]
         means |= {name: float(np.mean(every))} if every else {}
     return {"rows": len(target), **means, "tasks": tasks}
@@ -65,18 +64,19 @@ def judged(engine: Engine, prepared: Path, split: SplitName, keys: KeyStore | No
     manifest = Manifest.read(prepared)
     if not manifest.rows(split):
         return {}
-    targets, outputs = [], []
     if split == "test":
-        for target, output in _of_files(engine, [prepared / s.file for s in manifest.splits["test"]], keys):
-            targets.append(target)
-            outputs.append(output)
+        found = _of_files(engine, [prepared / s.file for s in manifest.splits["test"]], keys)
     else:
-        part = Part(prepared, manifest, split, keys, 0, 1, 1, None)
-        for window in range(part.windows):
-            columns = part.read_window(window, 1)
-            targets.append(columns[TARGET])
-            outputs.append(engine.forward({name: columns[name] for name in engine.schema.inputs}))
+        found = _of_windows(engine, Part(prepared, manifest, split, keys, 0, 1, 1, None))
+    targets, outputs = zip(*found, strict=True)
     return figures(np.concatenate(targets), np.concatenate(outputs), engine.schema)
+
+
+def _of_windows(engine: Engine, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same of shards that are prepared."""
+    for window in range(part.windows):
+        columns = part.read_window(window, 1)
+        yield columns[TARGET], engine.forward({name: columns[name] for name in engine.schema.inputs})
 
 
 @functools.lru_cache(maxsize=1)

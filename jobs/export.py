@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..datasets.schema import Schema, as_fed
 from ..datasets.shards import TARGET, Manifest, SplitName
 from ..errors import ModelError
 from ..recipes import Calibrated, DynamicRange, Float16, Int4, Int8, Numbers, OnnxInt8
-from .engine import FILES, Engine, Kind, called
+from .engine import FILES, Engine, called
 from .steps import fed
 from .tasks import named
 
@@ -70,26 +70,27 @@ def export(model: Any, prepared: Path, keys: KeyStore | None, folder: Path, seal
 
 def difference(model: Any, engine: Engine, inputs: dict[str, np.ndarray]) -> float:
     """Of an export in full precision, the largest on some rows. Raises ModelError where it is too large."""
-    own = answers(model, inputs)
-    gap = float(np.abs(own - engine.forward(inputs)).max())
+    return _gap(answers(model, inputs), engine.forward(inputs), FILES[engine.kind])
+
+
+def _gap(own: np.ndarray, found: np.ndarray, what: str) -> float:
+    gap = float(np.abs(own - found).max())
     if not gap <= GAP * max(1.0, float(np.abs(own).max())):
-        raise ModelError(f"{FILES[engine.kind]} answers differently from the Keras model, by {gap:.2g}")
+        raise ModelError(f"{what} answers differently from the Keras model, by {gap:.2g}")
     return gap
 
 
-def quantised(model: Any, numbers: Numbers, prepared: Path, keys: KeyStore | None, folder: Path, seal: Seal | None) -> Kind:
-    """Write the model with fewer bits a number; the kind of engine that runs it. Raises ModelError, and DataError where
+def quantised(model: Any, numbers: Numbers, prepared: Path, keys: KeyStore | None, folder: Path, seal: Seal | None) -> None:
+    """Write the model with fewer bits a number, as `model.onnx` or as `model.tflite`. Raises ModelError, and DataError where
     rows for the calibration are missing."""
     rows, _ = sample(prepared, keys, "train", numbers.rows) if isinstance(numbers, Calibrated) else ({}, None)
-    kind: Kind = "onnx" if isinstance(numbers, OnnxInt8) else "litert"
     with _written(folder, seal) as made:
         if isinstance(numbers, OnnxInt8):
             _onnx_int8(model, rows, made)
         else:
             four = isinstance(numbers, Int4)
             content = _four_bits(_litert(model, made)) if four else _litert(model, made, numbers, rows)
-            (made / FILES[kind]).write_bytes(content)
-    return kind
+            (made / FILES["litert"]).write_bytes(content)
 
 
 def saved_model(model: Any, prepared: Path, keys: KeyStore | None, folder: Path) -> float:
@@ -102,18 +103,13 @@ def saved_model(model: Any, prepared: Path, keys: KeyStore | None, folder: Path)
         exported.export(folder, format="tf_saved_model", verbose=False)
         inputs, _ = sample(prepared, keys, "validation", ROWS)
         serve = _signature(folder)
-        names = list(serve.structured_input_signature[1])
-        given = {n: tf.constant(inputs[n] if n in inputs else next(iter(inputs.values()))) for n in names}
-        answered = serve(**given)
+        given = _by_name(inputs, serve.structured_input_signature[1])
+        answered = serve(**{name: tf.constant(values) for name, values in given.items()})
         if schema.tasks:
             found = np.concatenate([answered[alone.target].numpy() for alone, _ in schema.parts], axis=1)
         else:
             found = next(iter(answered.values())).numpy()
-    own = answers(model, inputs)
-    gap = float(np.abs(own - found).max())
-    if not gap <= GAP * max(1.0, float(np.abs(own).max())):
-        raise ModelError(f"{folder}: answers differently from the Keras model, by {gap:.2g}")
-    return gap
+    return _gap(answers(model, inputs), found, f"{folder}:")
 
 
 def _signature(folder: Path | str) -> Any:
@@ -182,14 +178,11 @@ def _onnx_int8(model: Any, rows: dict[str, np.ndarray], made: Path) -> None:
     _onnx(model, whole)
     try:
         quant_pre_process(str(whole), str(ready), skip_symbolic_shape=True)
-        names = [i.name for i in _session(ready).get_inputs()]
-        given = [
-            {n: (rows[n] if n in rows else next(iter(rows.values())))[i : i + 1] for n in names} for i in range(_length(rows))
-        ]
+        given = _by_name(rows, [tensor.name for tensor in _session(ready).get_inputs()])
 
         class Rows(CalibrationDataReader):
             def __init__(self) -> None:
-                self.left = iter(given)
+                self.left = _each(given)
 
             def get_next(self) -> Any:
                 return next(self.left, None)
@@ -213,8 +206,15 @@ def _session(file: Path) -> Any:
     return ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
 
-def _length(rows: dict[str, np.ndarray]) -> int:
-    return len(next(iter(rows.values())))
+def _by_name(inputs: dict[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Inputs as an exported model calls them; one alone may have another name there."""
+    return {name: inputs[name] if name in inputs else next(iter(inputs.values())) for name in names}
+
+
+def _each(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """One row after the other."""
+    for i in range(len(next(iter(inputs.values())))):
+        yield {name: values[i : i + 1] for name, values in inputs.items()}
 
 
 # LiteRT
@@ -232,11 +232,8 @@ def _litert(model: Any, made: Path, numbers: Numbers | None = None, rows: dict[s
             case Float16():
                 converter.target_spec.supported_types = [tf.float16]
             case Int8():
-                signature, given = _signature(folder).structured_input_signature[1], rows or {}
-                converter.representative_dataset = lambda: (
-                    {n: (given[n] if n in given else next(iter(given.values())))[i : i + 1] for n in signature}
-                    for i in range(_length(given))
-                )
+                given = _by_name(rows or {}, _signature(folder).structured_input_signature[1])
+                converter.representative_dataset = lambda: _each(given)
                 converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             case DynamicRange() | None:
                 pass
@@ -264,7 +261,7 @@ def _four_bits(content: bytes) -> bytes:
 
 def _inexpressible(form: str, ops: list[tuple[str, str]], model: Any, instead: str) -> ModelError:
     """ops: operation and the node that it is."""
-    names = {part for layer in model._flatten_layers(include_self=False) for part in (layer.name,)}
+    names = {layer.name for layer in model._flatten_layers(include_self=False)}
     said = []
     for op, node in ops:
         parts = [re.sub(r"_\d+$", "", part) if part not in names else part for part in node.split("/")]

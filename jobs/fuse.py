@@ -20,16 +20,18 @@ import numpy as np
 from ..cluster.keys import KeyStore
 from ..cluster.sealed import Seal
 from ..cluster.storage import read_json, write_json
-from ..datasets.ingest import Part
 from ..datasets.preprocess import Preprocessing
-from ..datasets.schema import Schema, as_fed
-from ..datasets.shards import TARGET, Manifest
+from ..datasets.schema import Schema
+from ..datasets.shards import Manifest
 from ..errors import ModelError
 from ..project import FILE, Fuse
 from .engine import called, keras_model
-from .export import answers, export
+from .export import answers, export, sample
 from .model import check_shapes
+from .registry import Registry
+from .stages import hashed
 from .steps import claim
+from .transfer import digest, find
 
 FOLDS = 5
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -57,6 +59,10 @@ class Members:
         file = self.places[i] / "bundle.json"
         return read_json(file)["lineage"] if file.is_file() else {}
 
+    @property
+    def digest(self) -> str:
+        return hashed([digest(place) for place in self.places])
+
     def lineage(self) -> dict[str, Any]:
         """For the bundle of what they become, which has their ancestor where it is an average of weights."""
         models = [self.note(i) for i in range(len(self.places))]
@@ -67,10 +73,16 @@ class Members:
         return f"{FILE}: model.fuse.members[{i}]: {self.settings.members[i]}"
 
 
+def places_of(settings: Fuse, base: Path, keys: KeyStore, models: Registry) -> list[Path]:
+    """Where the members are. Raises what `transfer.find` raises."""
+    where = f"{FILE}: model.fuse.members"
+    return [find(address, base, keys, models, f"{where}[{i}]") for i, address in enumerate(settings.members)]
+
+
 def require_alike(members: Members) -> None:
     """Raises ModelError where members cannot be fused in this way."""
     prepared, by = members.prepared, members.settings.by
-    schema, steps = Schema.read(prepared), _steps(prepared)
+    schema, steps = Schema.read(prepared), Preprocessing.read(prepared)
     if by in BY_ROWS and not Manifest.read(prepared).rows("validation"):
         raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by validation rows: give `data.split.validation` a share")
     notes = [members.note(i) for i in range(len(members.places))]
@@ -84,7 +96,7 @@ def require_alike(members: Members) -> None:
             or list(theirs.inputs.values()) != list(schema.inputs.values())
         ):
             raise ModelError(f"{members.where(i)}: answers {_task(theirs)}, the data of this project is {_task(schema)}")
-        if _steps(place) != steps:
+        if Preprocessing.read(place) != steps:
             raise ModelError(f"{members.where(i)}: was trained on inputs that were prepared otherwise: fuse models of one `data`")
     if by in BY_ROWS and schema.tasks:
         raise ModelError(f"{FILE}: model.fuse.by: {by} chooses by one target, and there are several: fuse by `mean` or `soup`")
@@ -106,10 +118,6 @@ def require_alike(members: Members) -> None:
         )
 
 
-def _steps(folder: Path) -> Preprocessing:
-    return Preprocessing.model_validate_json((folder / "preprocess.json").read_bytes())
-
-
 def _task(schema: Schema) -> str:
     kinds = f"{len(schema.classes)} classes" if schema.classes else "a number"
     return f"{kinds} for inputs of {', '.join(map(str, schema.inputs.values()))}"
@@ -129,9 +137,8 @@ def _fuse(members: Members, folder: Path) -> None:
     models = [keras_model(place, members.sealing) for place in members.places]
     for i, model in enumerate(models):
         check_shapes(model, schema, members.where(i))
-    inputs, target = (
-        _validation(members) if Manifest.read(members.prepared).rows("validation") and not schema.tasks else ({}, np.empty(0))
-    )
+    rows = 0 if schema.tasks else Manifest.read(members.prepared).rows("validation")
+    inputs, target = sample(members.prepared, members.keys, "validation", rows) if rows else ({}, np.empty(0))
     outputs = [_answers(model, inputs) for model in models] if len(target) else []
     judged = [_quality(target, o, schema) for o in outputs]
     said: dict[str, Any] = {"by": by, "members": list(members.settings.members), "validation": judged}
@@ -156,13 +163,6 @@ def _fuse(members: Members, folder: Path) -> None:
     gaps = export(made, members.prepared, members.keys, folder, seal)
     figures = {"workers": 1, "weights_sha256": [], "parameters": made.count_params(), "batch_size": 64}
     write_json(folder / "result.json", figures | gaps | {"fusion": said})
-
-
-def _validation(members: Members) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    part = Part(members.prepared, Manifest.read(members.prepared), "validation", members.keys, 0, 1, 1, None)
-    found = [part.read_window(window, 1) for window in range(part.windows)]
-    columns = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
-    return {name: as_fed(columns[name]) for name in Schema.read(members.prepared).inputs}, columns[TARGET]
 
 
 def _answers(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -284,9 +284,12 @@ def _require_one_shape(models: list[Any], members: Members) -> None:
 def _souped(models: list[Any], taken: list[int]) -> Any:
     """The first of those that are taken, with the mean of their weights."""
     made = models[taken[0]]
-    every = [models[i].get_weights() for i in taken]
-    made.set_weights([np.mean(weights, axis=0).astype(weights[0].dtype) for weights in zip(*every, strict=True)])
+    made.set_weights(_mean([models[i].get_weights() for i in taken]))
     return made
+
+
+def _mean(every: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [np.mean(weights, axis=0).astype(weights[0].dtype) for weights in zip(*every, strict=True)]
 
 
 def _helpful(models: list[Any], order: list[int], inputs: Any, target: np.ndarray, schema: Schema) -> list[int]:
@@ -295,8 +298,7 @@ def _helpful(models: list[Any], order: list[int], inputs: Any, target: np.ndarra
     every = [model.get_weights() for model in models]
     best = _loss_first(target, _answers(trial, inputs), schema)
     for i in order[1:]:
-        mean = [np.mean(weights, axis=0) for weights in zip(*(every[j] for j in [*taken, i]), strict=True)]
-        trial.set_weights(mean)
+        trial.set_weights(_mean([every[j] for j in [*taken, i]]))
         now = _loss_first(target, _answers(trial, inputs), schema)
         if now >= best:
             best, taken = now, [*taken, i]

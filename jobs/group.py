@@ -3,15 +3,50 @@
 The process that makes a group is rank 0; a trainer of Ray Train's for each training would take a minute to start.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ..cluster.fit import Bundle
+from ..cluster.sealed import Seal
 from .backend import set_tf_config
-from .worker import Job, work_as
+from .worker import STOP_FILE, Job, work_as
+
+
+def ready(job: Job) -> None:
+    """Make a job's folder what a training expects to find."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if job.train.encrypt and job.sealing:
+        Seal.make(job.folder, job.sealing)
+    (job.folder / STOP_FILE).unlink(missing_ok=True)
+
+
+class Ranks:
+    """Trains one job after the other: in this process, and of several workers in those beside it, which stay for the next.
+
+    here: how many workers of such trainings are on a machine at the same time; each: what a worker takes."""
+
+    def __init__(self, here: int, each: Bundle):
+        self.here, self.each = here, each
+        self.group: Group | None = None
+
+    def train(self, job: Job, goes_on: Callable[[int], bool] | None = None) -> None:
+        """Train, to the end or until it is told to stop. goes_on: as in `work_as`."""
+        import keras
+
+        keras.backend.clear_session()
+        ranks = job.train.fewest_workers
+        if ranks == 1:
+            work_as(job, 0, 1, self.here, goes_on)
+            return
+        if self.group is None:
+            self.group = Group(ranks, self.each)
+        self.group.begin(job, self.here)
+        work_as(job, 0, ranks, self.here, goes_on)
+        self.group.join()
 
 
 class Group:
-    """The ranks after rank 0, in actors that live as long as this one, in the trial's placement group."""
+    """The ranks after rank 0, in actors that live as long as this one, in its placement group."""
 
     def __init__(self, ranks: int, each: Bundle):
         import ray

@@ -82,15 +82,14 @@ class Plan:
     @property
     def columns(self) -> list[str]:
         """Of the source, each once."""
-        more = filter(None, (*(view.one for view in self.data.of_targets), self.data.weight))
+        more = filter(None, (*self.data.targets, self.data.weight))
         return list(dict.fromkeys([*(f.name for f in self.features), *more]))
 
     @property
     def targets(self) -> list[tuple[str, Data, bool]]:
         """The name of each target's column here, the data with that target alone, and whether it is numbers."""
-        views = self.data.of_targets
-        names = [f"{TARGET}-{i}" for i in range(len(views))] if self.data.several else [TARGET]
-        return list(zip(names, views, self.numbers, strict=True))
+        names = shards.target_columns(len(self.numbers))
+        return list(zip(names, self.data.of_targets, self.numbers, strict=True))
 
     @property
     def first_train(self) -> int:
@@ -235,11 +234,10 @@ def _schema(
     data: Data, classes: list[tuple[str | int, ...]], features: tuple[Feature, ...], inputs: dict[str, np.ndarray]
 ) -> Schema:
     """classes: of each target. inputs: of a row or more."""
-    names = [view.one for view in data.of_targets]
-    tasks = tuple(schemas.Task(name=name, classes=labels) for name, labels in zip(names, classes, strict=True))
+    tasks = tuple(schemas.Task(name=name, classes=labels) for name, labels in zip(data.targets, classes, strict=True))
     return Schema(
         task="several" if data.several else "classification" if classes[0] else "regression",
-        target=", ".join(names),
+        target=", ".join(data.targets),
         classes=() if data.several else classes[0],
         tasks=tasks if data.several else (),
         features=features,
@@ -319,7 +317,7 @@ def _sorted(plan: Plan, chunk: Chunk, file: str | None) -> Sorted:
         found = {name: schemas.targets(table.column(view.one), view, number, bad) for name, view, number in plan.targets}
         if plan.data.several:
             none = np.all([schemas.without_target(values) for values in found.values()], axis=0)
-            bad.add(none, ", ".join(plan.data.target), "all empty")
+            bad.add(none, ", ".join(plan.data.targets), "all empty")
         columns = schemas.typed(table, plan.features, bad) | found
         if weights:
             columns[WEIGHT] = schemas.typed(table, (Feature(name=weights),), bad)[weights]

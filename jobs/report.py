@@ -5,6 +5,7 @@ from typing import Any
 
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..project import Project
+from ..recipes import FIGURES
 from .engine import TABLE
 from .stages import Run
 from .watch import METRICS, read_lines
@@ -33,9 +34,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
 def summary(report: dict[str, Any]) -> list[str]:
     """What a person wants to know at once."""
     test, request = report["test"], report["request"]
-    figures = [
-        f"{k.replace('_', ' ')} {test[k]:.4f}" for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None
-    ]
+    figures = [f"{name.replace('_', ' ')} {value}" for name, value in _figures(test)]
     said = [f"test ({test['rows']} rows): {', '.join(figures)}"]
     if request:
         sure = f" (probability {request['probability']:.3f})" if "probability" in request else ""
@@ -48,9 +47,18 @@ def summary(report: dict[str, Any]) -> list[str]:
     return said
 
 
+def _figures(test: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, f"{test[name]:.4f}") for name in FIGURES if test.get(name) is not None]
+
+
+def _metric(note: dict[str, Any]) -> str:
+    """What forms are compared by."""
+    return "accuracy" if "accuracy" in note["candidates"][0]["test"] else "r2"
+
+
 def forms(note: dict[str, Any], short: bool = False) -> tuple[tuple[str, ...], list[list[str]]]:
     """(head, rows) of the forms that a model was compressed to. short: for a terminal."""
-    metric = "accuracy" if "accuracy" in note["candidates"][0]["test"] else "r2"
+    metric = _metric(note)
     head = (
         "form",
         "KiB",
@@ -82,7 +90,7 @@ def _chosen(note: dict[str, Any]) -> str:
     if note["chosen"] is None:
         return "compressed: no form meets compress.require, so the bundle has the original alone"
     row = next(row for row in note["candidates"] if row["name"] == note["chosen"])
-    figures, metric = row["figures"], "accuracy" if "accuracy" in row["test"] else "r2"
+    figures, metric = row["figures"], _metric(note)
     return (
         f"compressed: `{row['name']}` has {figures['size']:.2f} of the size and {figures['latency']:.2f} of the time, "
         f"test {metric} {row['test'][metric]:.4f}"
@@ -91,7 +99,7 @@ def _chosen(note: dict[str, Any]) -> str:
 
 def _compression(note: dict[str, Any]) -> str:
     head, rows = forms(note)
-    metric = "accuracy" if "accuracy" in note["candidates"][0]["test"] else "r2"
+    metric = _metric(note)
     values = [
         {"form": row["name"], "KiB": row["bytes"] / 1024, metric: row["test"][metric], "milliseconds": row["latency_ms"]["p50_1"]}
         for row in note["candidates"]
@@ -117,7 +125,7 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     if request:
         predicted, truth = (html.escape(str(request[k])) for k in ("prediction", "truth"))
         sentence += f"; one sealed request was answered {predicted}, the truth is {truth}"
-    figures = [(k, f"{test[k]:.4f}") for k in ("accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
+    figures = _figures(test)
     figures += [(f"{k} (macro)", f"{v:.4f}") for k, v in test.get("macro", {}).items()]
     stages = [(s["name"], f"{s['seconds']:.1f} s", "reused" if s["reused"] else "") for s in report["stages"]]
     facts = [
@@ -160,7 +168,7 @@ def _of_target(name: str, test: dict[str, Any]) -> str:
     """name: of one of several targets."""
     parts = []
     if name:
-        figures = [(k, f"{test[k]:.4f}") for k in ("rows", "accuracy", "roc_auc", "mae", "rmse", "r2") if test.get(k) is not None]
+        figures = [("rows", f"{test['rows']:,}"), *_figures(test)]
         parts.append(f"<h3>{html.escape(name)}</h3>{table(('metric', 'value'), figures)}")
     if "confusion" in test:
         parts.append(_confusion([c["class"] for c in test["classes"]], test["confusion"]))

@@ -21,18 +21,18 @@ from ..cluster.storage import read_json
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..errors import RunError
-from ..project import FILE, Model, Project
+from ..project import Model, Project
 from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
 from .engine import COMPRESSED, FILES, TABLE
 from .evaluate import evaluate
-from .fuse import Members, fuse, require_alike
+from .fuse import Members, fuse, places_of, require_alike
 from .prepare import prepare
 from .queue import PLACE, QUEUE, Place, turn
 from .registry import Registry, registry_at
-from .stages import Run, Stage, hashed
+from .stages import Run, Stage
 from .train import Job, train
 
 log = logging.getLogger("heliograph")
@@ -184,17 +184,17 @@ def starting(project: Project, base: Path, run: Run) -> tuple[list[Stage], Model
     return [stage], project.model.started_from(run["start"].resolve())
 
 
-def fusing(project: Project, base: Path, run: Run) -> tuple[str, Members] | None:
-    """(what the members are, they), where the project's model is fused of others."""
+def fusing(project: Project, base: Path, run: Run) -> Members | None:
+    """What the project's model is fused of, if it is. Raises ModelError."""
     settings = project.model.fuse
     if settings is None:
         return None
-    keys, models, where = key_store(project, base, run.folder), registry(project, base), f"{FILE}: model.fuse.members"
-    places = [transfer.find(address, base, keys, models, f"{where}[{i}]") for i, address in enumerate(settings.members)]
+    keys = key_store(project, base, run.folder)
+    places = places_of(settings, base, keys, registry(project, base))
     shards, encrypt = keys if project.data.encrypt else None, project.train.encrypt
     members = Members(settings, tuple(places), run["prepare"].resolve(), run.fingerprints["prepare"], shards, keys, encrypt)
     require_alike(members)
-    return hashed([transfer.digest(place) for place in places]), members
+    return members
 
 
 def execute(project: Project, base: Path, run: Run) -> int:
@@ -211,8 +211,8 @@ def execute(project: Project, base: Path, run: Run) -> int:
 
     def do_train(folder: Path) -> None:
         if fused:
-            update(f"fusing {len(fused[1].places)} models by {fused[1].settings.by}")
-            fuse(fused[1], folder)
+            update(f"fusing {len(fused.places)} models by {fused.settings.by}")
+            fuse(fused, folder)
             return
         if project.train.encrypt:
             Seal.make(folder, keys)
@@ -234,12 +234,12 @@ def execute(project: Project, base: Path, run: Run) -> int:
             lineage["start"] = read_json(run["start"] / transfer.NOTE)
             lineage["ancestor"] = lineage["start"]["ancestor"]
         if fused:
-            lineage |= fused[1].lineage()
+            lineage |= fused.lineage()
         make(folder, project.name, lineage, parts, keys)
 
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
     if fused:
-        trained_by = {"members": fused[0], "by": fused[1].settings.by, "encrypt": project.train.encrypt}
+        trained_by = {"members": fused.digest, "by": fused.settings.by, "encrypt": project.train.encrypt}
     if project.data.augment:
         trained_by["augment"] = project.data.augment.model_dump()
     smaller = [_compression(project, base, run)] if project.compress else []

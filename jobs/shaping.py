@@ -25,8 +25,8 @@ from ..project import Model
 from ..recipes import Channels, Distil, Prune, Qat, Trains
 from .channels import narrowed
 from .engine import called, keras_model
+from .layers import leaves, matched
 from .model import build
-from .transfer import leaves, matched
 
 RAMP = 0.7
 """The share of a pruning's steps in which more and more goes; in the rest the weights that stay settle."""
@@ -106,7 +106,6 @@ class _Pruning(Shaping):
         self.kernels = kernels(model, step.layers, where)
         if step.pattern:
             self.kernels = [kernel for kernel in self.kernels if kernel.name not in TABLES]
-        if step.pattern:
             m = int(step.pattern.split(":")[1])
             if (short := next((k for k in self.kernels if _inputs(k) < m), None)) is not None:
                 raise ModelError(f"{where}.pattern: `{short.path}` has {_inputs(short)} inputs, fewer than {m}: name `layers`")
@@ -242,7 +241,7 @@ class _Taught(Shaping):
             every = [wanted, *(t(_for(t, inputs), training=False) for t in teachers[1:])]
             wanted = tf.add_n([tf.cast(w, tf.float32) for w in every]) / len(every)
             outputs = tf.cast(outputs, tf.float32)
-            far = [distance(wanted[:, of.start : of.stop], outputs[:, of.start : of.stop], t) for of, t in parts]
+            far = [distance(wanted[:, of], outputs[:, of], t) for of, t in parts]
             loss = (1 - step.labels) * tf.add_n(far)
             for a, b, turn in zip(own, others, turned, strict=True):
                 loss += _unlike(tf.cast(a, tf.float32) @ turn[0], tf.cast(b, tf.float32) @ turn[1])

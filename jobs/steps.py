@@ -97,11 +97,13 @@ class Objective:
         return getattr(self.loss, "variables", [])
 
 
-def present(target: Any) -> Any:
-    """Which rows have a target: a class is -1, a number is NaN where there is none."""
+def filled(target: Any) -> tuple[Any, Any]:
+    """(the targets, zero where there is none; which rows have one). A class is -1, a number is NaN where there is none."""
     import tensorflow as tf
 
-    return target >= 0 if target.dtype.is_integer else tf.math.is_finite(target)
+    target = tf.convert_to_tensor(target)
+    has = target >= 0 if target.dtype.is_integer else tf.math.is_finite(target)
+    return tf.where(has, target, tf.zeros_like(target)), has
 
 
 class Steps:
@@ -168,8 +170,8 @@ class Steps:
                 outputs, added = guide(fed(inputs))
                 scale_of_labels = objective.labels
             if training and objective.labelled < 1:  # a loss of what has none is 0, and the others stand for it
-                given = present(target)
-                target, weight = tf.where(given, target, tf.zeros_like(target)), tf.where(given, weight, 0.0)
+                target, has = filled(target)
+                weight = tf.where(has, weight, 0.0)
                 scale_of_labels /= objective.labelled
 
             def losses(target: Any) -> Any:
@@ -201,13 +203,12 @@ class Steps:
 
         def meter(target: Any, losses: Any, outputs: Any) -> None:
             meters[0].update_state(losses)
+            counted = {}
+            if objective.labelled < 1:
+                target, has = filled(target)
+                counted["sample_weight"] = tf.cast(has, tf.float32)
             for other in meters[1:]:
-                if objective.labelled < 1:
-                    given = present(target)
-                    target = tf.where(given, target, tf.zeros_like(target))
-                    other.update_state(target, outputs, sample_weight=tf.cast(given, tf.float32))
-                else:
-                    other.update_state(target, outputs)
+                other.update_state(target, outputs, **counted)
 
         def metered(rows: Any, everyone: Any) -> tuple[Any, Any]:
             gradients, losses, outputs = differentiate(rows, everyone)

@@ -9,7 +9,7 @@ What is written is held against the Keras model on real rows once more, and it i
 from pathlib import Path
 
 from ..cluster.keys import KeyStore
-from ..cluster.sealed import Seal, read
+from ..cluster.sealed import copy
 from ..cluster.storage import publish_folder, read_json
 from ..errors import RunError
 from ..project import Project
@@ -37,11 +37,11 @@ def take_out(project: Project, base: Path, run: Path, to: Path, form: str | None
     shards = keys if project.data.encrypt else None
     with publish_folder(to) as folder:
         for each in ("schema.json", "preprocess.json"):
-            (folder / each).write_bytes(read(whole / each, Seal.of(whole, keys)))
+            copy(whole / each, folder / each, keys, None)
         if wanted == Format.SAVEDMODEL:
             gap = saved_model(keras_model(place, keys), run / "prepare", shards, folder / "1")
         else:
-            (folder / name).write_bytes(read(place / name, Seal.of(place, keys)))
+            copy(place / name, folder / name, keys, None)
             if (place / FILES["keras"]).is_file():
                 gap = _difference(folder, place, wanted, run / "prepare", keys, shards)
     return f"{to}: {form or project.name} as {wanted}; on real rows it differs from the Keras model by {gap:.1e} at most"

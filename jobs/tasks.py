@@ -12,6 +12,8 @@ from typing import Any
 
 from ..datasets.schema import Schema
 from ..errors import ModelError
+from .layers import free
+from .steps import filled
 
 
 def joined(model: Any, schema: Schema, where: str) -> Any:
@@ -34,18 +36,12 @@ def joined(model: Any, schema: Schema, where: str) -> Any:
     return keras.Model(model.inputs if len(model.inputs) > 1 else model.inputs[0], together, name=model.name)
 
 
-def free(model: Any, name: str) -> str:
-    """That name, or one like it that no layer has."""
-    taken = {layer.name for layer in model.layers}
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken)
-
-
 def named(model: Any, schema: Schema) -> Any:
     """The other way round: outputs by name."""
     import keras
 
     together = model.outputs[0]
-    outputs = {alone.target: together[:, of.start : of.stop] for alone, of in schema.parts}
+    outputs = {alone.target: together[:, of] for alone, of in schema.parts}
     return keras.Model(model.inputs if len(model.inputs) > 1 else model.inputs[0], outputs, name=model.name)
 
 
@@ -65,7 +61,7 @@ class Losses:
 
         total = tf.zeros(tf.shape(outputs)[:1])
         for i, (alone, of) in enumerate(self.parts):
-            own, here, has = tf.cast(outputs[:, of.start : of.stop], tf.float32), *given(target, i, alone)
+            own, here, has = tf.cast(outputs[:, of], tf.float32), *given(target, i, alone)
             rows = tf.where(has, self.losses[i](here if alone.classes else here[:, None], own), 0.0)
             weight = self.weights[i] / self.shares[i]
             if self.variables:
@@ -87,10 +83,8 @@ def given(target: Any, i: int, alone: Schema) -> tuple[Any, Any]:
     """(the values of a target `[rows]`, as its loss takes them, something where there is none; whether there is one)."""
     import tensorflow as tf
 
-    column = target[:, i]
-    has = tf.math.is_finite(column)
-    safe = tf.where(has, column, 0.0)
-    return (tf.cast(safe, tf.int64) if alone.classes else safe), has
+    values, has = filled(target[:, i])
+    return (tf.cast(values, tf.int64) if alone.classes else values), has
 
 
 class Meter:
@@ -105,5 +99,5 @@ class Meter:
         import tensorflow as tf
 
         values, has = given(target, self.i, self.alone)
-        own = outputs[:, self.of.start : self.of.stop]
+        own = outputs[:, self.of]
         self.metric.update_state(values if self.alone.classes else values[:, None], own, sample_weight=tf.cast(has, tf.float32))

@@ -15,7 +15,6 @@ import fnmatch
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from ..datasets.schema import Schema
 from ..errors import ModelError
 from ..project import FILE, NAME, Start
 from .bundle import verify
+from .layers import free, leaves, matched, named
 from .model import check_shapes, shapes
 from .registry import Registry
 
 SOURCE, NOTE, ADAPTERS = "model.keras", "start.json", "adapters.npz"
 HEAD = "head"
-MOST_NAMED = 12
 
 
 # Where it comes from
@@ -99,10 +98,7 @@ def compared(found: Path, prepared: Path, where: str) -> list[str]:
     theirs, ours = (Schema.read(p) for p in (found, prepared))
     if list(theirs.inputs.values()) != list(ours.inputs.values()):
         raise ModelError(f"{FILE}: {where}: its inputs are {shapes(theirs.inputs)}, the data's {shapes(ours.inputs)}")
-    kinds = [
-        [step.step for step in Preprocessing.model_validate_json((p / "preprocess.json").read_bytes()).steps]
-        for p in (found, prepared)
-    ]
+    kinds = [[step.step for step in Preprocessing.read(p).steps] for p in (found, prepared)]
     if kinds[0] == kinds[1]:
         return []
     there, here = (", ".join(k) or "nothing" for k in kinds)
@@ -146,13 +142,13 @@ def _new_head(source: Any, name: str | None, schema: Schema, where: str) -> Any:
     if isinstance(features, (list, tuple)):
         raise ModelError(f"{where}.head: `{head.name}` has several inputs: name a layer after it")
     if len(features.shape) > 2:
-        features = keras.layers.Flatten(name=_free(source, "flatten_to_head"))(features)
+        features = keras.layers.Flatten(name=free(source, "flatten_to_head"))(features)
     made = []
     for alone, _ in schema.parts:
         name = f"{HEAD}_{alone.target}" if schema.tasks else HEAD
         activation = "softmax" if alone.classes else None
-        made.append(keras.layers.Dense(alone.outputs, activation=activation, name=_free(source, name))(features))
-    return keras.layers.Concatenate(name=_free(source, "targets"))(made) if schema.tasks else made[0]
+        made.append(keras.layers.Dense(alone.outputs, activation=activation, name=free(source, name))(features))
+    return keras.layers.Concatenate(name=free(source, "targets"))(made) if schema.tasks else made[0]
 
 
 def _loaded(place: Path) -> Any:
@@ -169,15 +165,6 @@ def _loaded(place: Path) -> Any:
     return model
 
 
-def leaves(model: Any) -> Iterator[Any]:
-    """The layers that hold no others, in their order."""
-    for layer in model.layers:
-        if getattr(layer, "layers", None):
-            yield from leaves(layer)
-        else:
-            yield layer
-
-
 def _head(source: Any, name: str | None, where: str) -> Any:
     with_weights = [layer for layer in source.layers if layer.weights]
     if not with_weights:
@@ -186,30 +173,8 @@ def _head(source: Any, name: str | None, where: str) -> Any:
         return with_weights[-1]
     found = next((layer for layer in source.layers if layer.name == name), None)
     if found is None:
-        raise ModelError(f"{where}.head: the model has no layer `{name}`: it has {_named(each.name for each in source.layers)}")
+        raise ModelError(f"{where}.head: the model has no layer `{name}`: it has {named(each.name for each in source.layers)}")
     return found
-
-
-def _free(model: Any, name: str) -> str:
-    taken = {layer.name for layer in leaves(model)} | {layer.name for layer in model.layers}
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken)
-
-
-def matched(patterns: list[str], layers: dict[str, Any], where: str) -> set[str]:
-    """The names of layers with weights that the patterns mean. Raises ModelError for a pattern that means none."""
-    names = [name for name, layer in layers.items() if layer.weights]
-    found: set[str] = set()
-    for pattern in patterns:
-        new = fnmatch.filter(names, pattern)
-        if not new:
-            raise ModelError(f"{where}: `{pattern}` matches no layer with weights: there are {_named(names)}")
-        found |= set(new)
-    return found
-
-
-def _named(names: Any) -> str:
-    every = list(names)
-    return ", ".join(every[:MOST_NAMED]) + (f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else "")
 
 
 # LoRA
@@ -220,7 +185,7 @@ def _adapt(start: Start, body: dict[str, Any], where: str, lora: bool) -> None:
     wanted = matched(start.lora.layers, body, f"{where}.lora.layers")
     able = [name for name in wanted if hasattr(body[name], "enable_lora")]
     if not able:
-        raise ModelError(f"{where}.lora.layers: {_named(sorted(wanted))}: none of them can have adapters")
+        raise ModelError(f"{where}.lora.layers: {named(sorted(wanted))}: none of them can have adapters")
     for name, layer in body.items():
         if name in able and lora:
             layer.enable_lora(start.lora.rank)

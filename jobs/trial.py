@@ -17,15 +17,15 @@ from ray.tune import Trainable
 
 from ..cluster.fit import Bundle
 from ..cluster.runtime import explained
-from ..cluster.sealed import KEY_FILE, Seal
+from ..cluster.sealed import KEY_FILE
 from ..errors import ModelError, RunError
 from ..project import Project
 from .checkpoint import newest, step_of
-from .group import Group
+from .group import Ranks, ready
 from .record import WHY, place
 from .train import train
 from .watch import METRICS, read_lines, write_lines
-from .worker import STOP_FILE, Job, work_as
+from .worker import STOP_FILE, Job
 
 SECONDS_TO_STOP = 60
 SECONDS_BETWEEN = 0.05
@@ -42,8 +42,7 @@ class Trial(Trainable):
     """
 
     def setup(self, config: dict[str, Any], job: Job, here: int, each: Bundle) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.shared, self.here, self.each = job, here, each
-        self.group: Group | None = None
+        self.shared, self.ranks = job, Ranks(here, each)
         self.thread: threading.Thread | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -90,26 +89,12 @@ class Trial(Trainable):
             self.failure = error
 
     def _fit(self, job: Job) -> None:
-        import keras
-
-        job.folder.mkdir(parents=True, exist_ok=True)
-        if job.train.encrypt and job.sealing:
-            Seal.make(job.folder, job.sealing)
-        (job.folder / STOP_FILE).unlink(missing_ok=True)
+        ready(job)
         job = replace(job, judged=frozenset() if len(self.shares) > 1 else self.judged)
         if job.train.pipeline:
             train(job, lambda *_: None, lambda _: None)
-            return
-        keras.backend.clear_session()
-        ranks = job.train.fewest_workers
-        if ranks == 1:
-            work_as(job, 0, 1, self.here, self._goes_on)
-            return
-        if self.group is None:
-            self.group = Group(ranks, self.each)
-        self.group.begin(job, self.here)
-        work_as(job, 0, ranks, self.here, self._goes_on)
-        self.group.join()
+        else:
+            self.ranks.train(job, self._goes_on)
 
     def _goes_on(self, level: int) -> bool:
         """Wait until Tune asks for what comes after a level, or ends the trial."""
@@ -131,13 +116,13 @@ class Trial(Trainable):
                 return {**line, "seconds": spent, "level": self.told, "done": last}
             if over:
                 if self.failure:
-                    if isinstance(explained(self.failure), ModelError) and not self.group:
+                    if isinstance(explained(self.failure), ModelError) and not self.ranks.group:
                         return {"failed": _said(self.failure), "level": 0, "done": True}  # which would only happen again
                     (self.job.folder / WHY).write_text(_said(self.failure))
                     raise self.failure
                 return {**(lines[-1] if lines else {}), "level": len(lines), "done": True}
-            if self.group:
-                self.group.check()
+            if self.ranks.group:
+                self.ranks.group.check()
             time.sleep(SECONDS_BETWEEN)
 
     def _end(self) -> bool:

@@ -438,7 +438,7 @@ class _Rank:
         plain = job.build(self.schema)
         plain.set_weights(self._exported())
         if job.train.swa:
-            collect_statistics(plain, self.part)
+            collect_statistics(plain, job.prepared, job.keys)
         self.shaping.finish(plain)
         if job.model.start and job.model.start.lora and not job.shrinking:
             with create(job.folder / ADAPTERS, job.seal) as out:

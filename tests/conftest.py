@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -191,6 +192,19 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def set_port(folder: Path, port: int) -> None:
     file = folder / "heliograph.yaml"
     file.write_text(file.read_text().replace("port: 8000", f"port: {port}"))
+
+
+def executed(folder: Path, cluster) -> Any:
+    """What `heliograph run` does with a project, without a process of its own and a request: the run."""
+    from heliograph import project
+    from heliograph.jobs.display import Display
+    from heliograph.jobs.run import execute
+    from heliograph.jobs.stages import Run
+    from rich.console import Console
+
+    run = Run(folder / "runs" / "default", cluster, Display(Console(quiet=True)))
+    execute(project.load(folder), folder, run)
+    return run
 
 
 def iris_project(folder: Path, epochs: int = 6) -> Path:

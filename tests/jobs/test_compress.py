@@ -14,13 +14,12 @@ from heliograph import project
 from heliograph.cluster.keys import KeyStore
 from heliograph.errors import HeliographError, ModelError, ProjectError, RunError
 from heliograph.jobs import channels, export, shaping
-from heliograph.jobs.display import Display
 from heliograph.jobs.engine import Engine
-from heliograph.jobs.run import execute
 from heliograph.jobs.stages import Run
 from heliograph.jobs.take_out import take_out
 from heliograph.recipes import Format
-from rich.console import Console
+
+from ..conftest import executed
 
 LAYERS = keras.layers
 FILE = """\
@@ -83,12 +82,6 @@ def written(folder: Path, recipes: str = RECIPES, require: str = '"drop": "<= 0.
     return folder
 
 
-def ran(folder: Path, cluster) -> Run:
-    run = Run(folder / "runs" / "default", cluster, Display(Console(quiet=True)))
-    execute(project.load(folder), folder, run)
-    return run
-
-
 def table(run: Run) -> dict:
     return json.loads((run["compress"] / "compress.json").read_text())
 
@@ -105,7 +98,7 @@ def loaded(run: Run, name: str) -> keras.Model:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, cluster) -> Run:
-    return ran(written(tmp_path_factory.mktemp("compress") / "spots"), cluster)
+    return executed(written(tmp_path_factory.mktemp("compress") / "spots"), cluster)
 
 
 # What was made
@@ -170,7 +163,7 @@ def test_a_changed_recipe_is_the_only_one_that_is_made_again(made, tmp_path, clu
     before = {name: row["place"] for name, row in rows(made).items()}
     recipes = RECIPES.replace("int8: int8\n", "int8: {step: int8, rows: 20}\n").replace("    half: float16\n", "")
     written(folder, recipes, '"size": "<= 0.0001"')
-    run = ran(folder, cluster)
+    run = executed(folder, cluster)
     after = {name: row["place"] for name, row in rows(run).items()}
     assert {name for name in after if after[name] != before[name]} == {"int8"}
     for name in after.keys() - {"int8", "original"}:
@@ -251,7 +244,7 @@ def test_what_was_interrupted_goes_on_from_its_checkpoint(tmp_path, command):
 @pytest.mark.timeout(600)
 def test_two_workers_make_one_model_and_what_is_sealed_stays_sealed(tmp_path, cluster):
     recipes = "    pruned: [{step: prune, sparsity: 0.7}, int8]\n    taught: [{step: distil, hp: {filters: 4}}]\n"
-    run = ran(written(tmp_path / "spots", recipes, train="workers: 2, encrypt: true"), cluster)
+    run = executed(written(tmp_path / "spots", recipes, train="workers: 2, encrypt: true"), cluster)
     for file in run.folder.glob("candidates/*/**/model.*"):
         assert file.read_bytes()[:8] == b"hgseal1\n", file
     keys, found = KeyStore(run.folder / "keys"), rows(run)
@@ -338,6 +331,15 @@ def test_channels_without_weight_can_go_and_nothing_changes():
     np.testing.assert_allclose(model(rows), narrow(rows), atol=1e-5)
 
 
+def test_what_is_joined_along_another_axis_keeps_its_channels():
+    keras.utils.set_random_seed(0)
+    words = keras.Input((6, 4))
+    both = LAYERS.Concatenate(axis=1)([LAYERS.Dense(8, name="a")(words), LAYERS.Dense(8, name="b")(words)])
+    hidden = LAYERS.Dense(8, name="hidden")(LAYERS.GlobalAveragePooling1D()(both))
+    narrow = channels.narrowed(keras.Model(words, LAYERS.Dense(2, name="out")(hidden)), 0.5, ["*"], "here")
+    assert [narrow.get_layer(name).units for name in ("a", "b", "hidden", "out")] == [8, 8, 4, 2]
+
+
 # Mistakes
 
 
@@ -416,7 +418,7 @@ def test_a_recipe_that_fails_keeps_the_others(tmp_path, cluster, made):
     shutil.copytree(made.folder.parent.parent, folder)
     written(folder, RECIPES + "    bad: {step: prune, layers: [konv]}\n    too: {step: distil, features: {hidden: x}}\n")
     with pytest.raises(ModelError) as caught:
-        ran(folder, cluster)
+        executed(folder, cluster)
     first, second = sorted(str(caught.value).splitlines())
     assert first.startswith("heliograph.yaml: compress.recipes.bad[0].layers: `konv` matches no layer")
     assert second.startswith("heliograph.yaml: compress.recipes.too[0].features: no layer `x`: the model has")

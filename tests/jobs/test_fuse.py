@@ -7,17 +7,15 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from heliograph import project
 from heliograph.cluster.keys import KeyStore
 from heliograph.datasets.schema import Feature, Schema
 from heliograph.errors import ModelError, ProjectError
 from heliograph.jobs import fuse
-from heliograph.jobs.display import Display
 from heliograph.jobs.engine import Engine
 from heliograph.jobs.export import sample
-from heliograph.jobs.run import execute
 from heliograph.jobs.stages import Run
-from rich.console import Console
+
+from ..conftest import executed
 
 FILE = """\
 name: spots
@@ -59,9 +57,7 @@ def ran(folder: Path, cluster, model: str, seed: int = 0, epochs: int = 3, valid
     (folder / "made.py").write_text(MADE.format(classes=classes))
     (folder / "model.py").write_text(MODEL)
     (folder / "heliograph.yaml").write_text(FILE.format(model=model, seed=seed, epochs=epochs, validation=validation))
-    run = Run(folder / "runs" / "default", cluster, Display(Console(quiet=True)))
-    execute(project.load(folder), folder, run)
-    return run
+    return executed(folder, cluster)
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,11 @@ from heliograph.datasets.schema import Feature, Schema, Task, prediction_columns
 from heliograph.datasets.shards import Manifest
 from heliograph.errors import DataError, ModelError, ProjectError
 from heliograph.jobs import tasks
-from heliograph.jobs.display import Display
 from heliograph.jobs.engine import Engine
 from heliograph.jobs.export import sample, saved_model
-from heliograph.jobs.run import execute
-from heliograph.jobs.stages import Run
 from heliograph.jobs.watch import METRICS, read_lines
-from rich.console import Console
+
+from ..conftest import executed
 
 FILE = """\
 name: spots
@@ -63,12 +61,6 @@ def written(folder: Path, target: str = "[kind, light]", train: str = "", model:
     return folder
 
 
-def ran(folder: Path, cluster) -> Run:
-    run = Run(folder / "runs" / "default", cluster, Display(Console(quiet=True)))
-    execute(project.load(folder), folder, run)
-    return run
-
-
 SCHEMA = Schema(
     task="several", target="kind, light", features=(Feature(name="x", kind="tensor", shape=(4,)),), inputs={"x": (4,)},
     tasks=(Task(name="kind", classes=("a", "b")), Task(name="light")),
@@ -78,7 +70,7 @@ SCHEMA = Schema(
 @pytest.mark.timeout(600)
 def test_a_model_of_two_targets_is_trained_judged_and_taken_out_by_name(tmp_path, cluster):
     train = "balance: uncertainty, tasks: {light: {loss: huber, metrics: [mae, mse]}}, "
-    run = ran(written(tmp_path / "spots", train=train), cluster)
+    run = executed(written(tmp_path / "spots", train=train), cluster)
     schema, manifest = Schema.read(run["prepare"]), Manifest.read(run["prepare"])
     assert [(t.name, t.classes) for t in schema.tasks] == [("kind", ("bottom", "middle", "top")), ("light", ())]
     assert sum(manifest.rows(split) for split in ("train", "validation", "test")) == 600
@@ -163,8 +155,8 @@ def test_every_mistake_is_a_line(tmp_path, cluster):
             project.load(written(tmp_path / "bad", target, train))
         assert said in str(caught.value)
     with pytest.raises(DataError, match="has no column `colour`"):
-        ran(written(tmp_path / "column", "[kind, colour]"), cluster)
+        executed(written(tmp_path / "column", "[kind, colour]"), cluster)
     folder = written(tmp_path / "empty", "[kind, light]")
     (folder / "made.py").write_text(MADE.replace("light[1::3] = None, np.nan", "light[:] = None, np.nan"))
     with pytest.raises(DataError, match="`kind, light` all empty"):
-        ran(folder, cluster)
+        executed(folder, cluster)

@@ -11,10 +11,9 @@ from heliograph import project
 from heliograph.cluster.keys import KeyStore
 from heliograph.errors import HeliographError, ModelError
 from heliograph.jobs import transfer
-from heliograph.jobs.display import Display
-from heliograph.jobs.run import execute
 from heliograph.jobs.stages import Run
-from rich.console import Console
+
+from ..conftest import executed
 
 FILE = """\
 name: {name}
@@ -62,9 +61,7 @@ def trained(folder: Path, cluster, source: Path | str, start: str, epochs: int =
     (folder / "made.py").write_text(ROWS.format(classes=classes))
     text = FILE.format(name="spots", model=source, start=start, epochs=epochs)
     (folder / "heliograph.yaml").write_text(text)
-    run = Run(folder / "runs" / "default", cluster, Display(Console(quiet=True)))
-    execute(project.load(folder), folder, run)
-    return run
+    return executed(folder, cluster)
 
 
 def weights(file: Path) -> dict[str, list[np.ndarray]]:
