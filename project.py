@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .errors import ProjectError
 from .recipes import Compress, Trains
 from .settings import Section, read
+from .trust import Evaluate
 
 FILE = "heliograph.yaml"
 
@@ -705,6 +706,7 @@ class Project(Section):
     """a section with at least `source` and `target`"""
     model: Model = Model()
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
     tune: Tune | None = None
     compress: Compress | None = None

@@ -27,7 +27,7 @@ from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
 from .engine import COMPRESSED, FILES, TABLE
-from .evaluate import evaluate
+from .evaluate import Sources, evaluate
 from .fuse import Members, fuse, places_of, require_alike
 from .prepare import prepare
 from .queue import PLACE, QUEUE, Place, turn
@@ -249,8 +249,8 @@ def execute(project: Project, base: Path, run: Run) -> int:
         Stage(
             "evaluate",
             ("prepare", "train"),
-            {},
-            lambda folder: evaluate(run["prepare"], run["train"], sealing, keys, folder, update),
+            project.evaluate.model_dump(include={"slices", "worst", "confidence", "resamples", "costs"}),
+            lambda folder: evaluate(Sources(run["prepare"], run["train"], sealing, keys), project.evaluate, folder, update),
         ),
         *smaller,
         Stage("bundle", ("prepare", "train", "evaluate", *(s.name for s in smaller)), {"name": project.name}, do_bundle),
