@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .errors import ProjectError
 from .recipes import Compress, Trains
 from .settings import Section, read
-from .trust import Evaluate
+from .trust import Adversarial, Evaluate, Privacy
 
 FILE = "heliograph.yaml"
 
@@ -483,6 +483,9 @@ class Train(Section):
     checkpoint: Checkpoint = Checkpoint()
     encrypt: bool = False
     """Seal checkpoints, models and the bundle at rest (AES-256-GCM); replicas open them in memory."""
+    adversarial: Adversarial | None = None
+    privacy: Privacy | None = None
+    """DP-SGD: `{epsilon: 3}` bounds what the model tells of any one row"""
     on_anomaly: Literal["warn", "stop", "rollback"] = "warn"
     """`rollback` goes back to the last good checkpoint and lowers the learning rate."""
     watch: Watch = Watch()
@@ -494,6 +497,18 @@ class Train(Section):
             raise ValueError("swa averages the last epochs: it goes with neither `ema` nor `export: best`")
         if self.swa and self.swa > self.epochs:
             raise ValueError(f"swa begins with epoch {self.swa}, but there are {self.epochs} epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _guards_go_together(self):
+        if self.pipeline and (self.adversarial or self.privacy):
+            raise ValueError("pipeline: goes with neither `adversarial` nor `privacy`")
+        if self.privacy and (self.adversarial or self.precision != "float32" or self.xla):
+            raise ValueError("privacy: goes with neither `adversarial`, `xla` nor mixed precision")
+        if self.privacy and self.class_weights == "balanced":
+            raise ValueError("privacy: weights of classes that are counted tell of rows: write them as numbers")
+        if self.privacy and self.on_anomaly == "rollback":
+            raise ValueError("privacy: steps that are done again are not in the budget: set `on_anomaly` to warn or stop")
         return self
 
     @field_validator("batch_size", "workers")
@@ -717,6 +732,17 @@ class Project(Section):
     """A cluster file, relative to the project, for `heliograph plan` and `heliograph submit`."""
     registry: str = "registry"
     """Bundles by name and version: a folder, relative to the project, or `s3://BUCKET/FOLDER`."""
+
+    @model_validator(mode="after")
+    def _guards_have_what_they_need(self):
+        recipes = self.compress.recipes.values() if self.compress else ()
+        if (self.train.adversarial or self.train.privacy) and (self.data.several or self.data.unlabelled):
+            raise ValueError("train: `adversarial` and `privacy` need one target that every row has")
+        if self.train.privacy and self.data.augment:
+            raise ValueError("train.privacy: rows are not varied in a private training: leave `data.augment` out")
+        if self.train.privacy and any(isinstance(step, Trains) for steps in recipes for step in steps):
+            raise ValueError("compress: a recipe that trains would spend more than train.privacy allows: leave such steps out")
+        return self
 
     @model_validator(mode="after")
     def _workers_have_shards(self):

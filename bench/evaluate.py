@@ -84,7 +84,7 @@ def theirs(target: np.ndarray, outputs: np.ndarray) -> dict:
         "mcc": metrics.matthews_corrcoef(target, guess),
         "roc_auc": metrics.roc_auc_score(target, score),
         "average_precision": metrics.average_precision_score(target, score),
-        "log_loss": metrics.log_loss(target, score),
+        "log_loss": metrics.log_loss(target, outputs.astype(np.float64)),
         "brier": metrics.brier_score_loss(target, score),
     }
     metrics.confusion_matrix(target, guess)

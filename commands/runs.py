@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import project
-from ..errors import ProjectError
+from ..errors import ProjectError, RunError
 from ..recipes import Format
 from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder, with_port, with_registry
 
@@ -49,7 +49,9 @@ def run(
     port: Port = None,
     registry: RegistryPlace = None,
 ) -> None:
-    """Run a project: prepare, train, evaluate, bundle, then one sealed request to a real endpoint.
+    """Run a project: prepare, train, evaluate, validate, bundle, then one sealed request to a real endpoint.
+
+    A version that does not reach what the project requires (`evaluate.require`) is kept, not served, and the exit code is 2.
 
     What is done is kept: the same command goes on where it was stopped, and a change reruns only what depends on it.
 
@@ -81,6 +83,8 @@ def run(
     typer.echo(f"model: {loaded.name}@{version} in {models}")
     serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
     typer.echo(f"report: {run_folder(folder, run) / 'report.html'}{serving}")
+    if failed := result["validation"]["failed"]:
+        raise RunError(f"{loaded.name}@{version} is not for production: {'; '.join(failed)}")
 
 
 @app.command()

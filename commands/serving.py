@@ -79,6 +79,7 @@ def deploy(
     percent: Annotated[float, typer.Option(help="Of the requests that the new version gets.", min=0.1, max=100)] = 10.0,
     seconds: Annotated[float, typer.Option(help="It is judged for at least so long,", min=0)] = 60.0,
     requests: Annotated[int, typer.Option(help="and by at least so many requests.", min=1)] = 100,
+    force: Annotated[bool, typer.Option("--force", help="Also a version that failed its gates; goes to the audit log.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until the verdict (exit code 2: rolled back).")] = True,
     run: RunFolder = None,
     url: Annotated[str | None, typer.Option(help="Ask this endpoint to, with HELIOGRAPH_TOKEN; no project is needed.")] = None,
@@ -86,6 +87,7 @@ def deploy(
 ) -> None:
     """Put a version into production: a share of the requests first, all of them once it has proved itself.
 
+    A version that did not reach what the project's `evaluate.require` asks for is refused without --force.
     It is rolled back when it cannot be loaded, fails more often or is slower than the version in production. With
     --percent 100 it takes over at once. A running `heliograph serve` of the project does the work.
 
@@ -101,7 +103,7 @@ def deploy(
         from ..serve.client import Client
 
         with Client(url, name, trust=trust) as client:
-            begun = client.deploy(version=version, percent=percent, seconds=seconds, requests=requests)
+            begun = client.deploy(version=version, percent=percent, seconds=seconds, requests=requests, force=force)
             rollout.follow(lambda: State.model_validate(client.rollout()), name, State.model_validate(begun), wait, typer.echo)
         return
     from ..jobs.run import key_store, registry
@@ -110,10 +112,11 @@ def deploy(
     loaded = project.load(project_folder)
     models = registry(loaded, project_folder.resolve())
     keys = key_store(loaded, project_folder.resolve(), run_folder(project_folder, run))
-    who = require_role(keys, project.Verb.PROMOTE if percent >= 100 else project.Verb.DEPLOY, name)
+    who = require_role(keys, project.Verb.PROMOTE if percent >= 100 or force else project.Verb.DEPLOY, name)
     version = version or max(models.versions(name), default=1)
-    state = rollout.begin(models, name, version, percent, seconds, requests)
-    Audit(keys).write("deploy", f"{name}@{version}", percent=percent, token=who)
+    state = rollout.begin(models, name, version, percent, seconds, requests, force)
+    forced = rollout.forced_past(models, name, version) if force else {}
+    Audit(keys).write("deploy", f"{name}@{version}", percent=percent, token=who, **forced)
     rollout.follow(lambda: models.state(name), name, state, wait, typer.echo)
 
 

@@ -182,6 +182,8 @@ class Block:
     """`[rows, …]`: how each row is varied (`augment.draw`)."""
 
 
+SECRET = "seeds"  # noqa: S105  the name of a column
+"""Of `draws`: int32 `[rows, 2]`, seeds of the noise of a private training."""
 BLOCK_STEPS = 32
 BLOCK_BYTES = 4 << 20
 """The most that one block spans: so that many small steps cost one call, and large ones little memory."""
@@ -219,6 +221,30 @@ def blocks(part: Part, first: int, end: int, vary: Augment | None = None) -> Ite
             draws = augment.draw(vary, shapes, spans, part.lanes, (part.seed or 0, step // part.steps + 1))
         yield Block(taken, target, weight, edges, np.array([everyone for _, everyone in some], np.float32), draws)
         step += len(some)
+
+
+def drawn(part: Part, first: int, end: int, spare: int) -> Iterator[Block]:
+    """Steps that are drawn by Poisson sampling: each of this worker's rows is in a step with the probability `batch_size` / rows,
+    on its own, so a step may have any number of them, and none is left out. `everyone` is the expected number.
+
+    The draws are the system's, not the seed's: who knew them would know what the noise of a private training hides. For the same
+    reason a block brings the seeds of the noise (`SECRET`). spare: rows of no weight that end a step, so that none is empty."""
+    nothing = part.no_rows()
+    columns = part.read_windows([(window, 1) for window in range(part.windows)]) or dict(nothing)
+    target = columns.pop(TARGET)
+    weight = np.append(columns.pop(WEIGHT, np.ones(len(target), np.float32)), np.float32(0))
+    columns = {n: np.concatenate([v, np.zeros((1, *v.shape[1:]), v.dtype)]) for n, v in columns.items()}
+    target = np.append(target, target.dtype.type(0))
+    share, rng = part.batch_size / part.rows, np.random.default_rng()
+    while first < end:
+        count = min(BLOCK_STEPS, end - first, part.steps - first % part.steps)
+        steps = [np.append(np.flatnonzero(rng.random(len(target) - 1) < share), [len(target) - 1] * spare) for _ in range(count)]
+        rows = np.concatenate(steps)
+        edges = np.cumsum([0, *map(len, steps)], dtype=np.int32)
+        secret = rng.integers(-(2**31), 2**31, (len(rows), 2), np.int32)
+        everyone = np.full(count, part.batch_size, np.float32)
+        yield Block({n: v[rows] for n, v in columns.items()}, target[rows], weight[rows], edges, everyone, {SECRET: secret})
+        first += count
 
 
 def _take(held: list[dict[str, np.ndarray]], rows: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:

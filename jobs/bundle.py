@@ -1,9 +1,10 @@
 """The bundle: one signed folder that a model travels in.
 
-    bundle.json      name, format, engine, where it came from
+    bundle.json      name, format, where it came from, and what it had to reach and did not
     schema.json      what a request must look like
     preprocess.json  the fitted preprocessing
     metrics.json     of the test split
+    validation.json  what it had to reach, and what was measured
     model.keras      weights and architecture
     model.onnx       … as ONNX Runtime runs it
     model.tflite     … as LiteRT runs it, where the model converts
@@ -16,6 +17,7 @@ more, less or other, in any file, and it is refused.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,10 @@ SIGNATURE = "model.sig"
 FORMAT = 1
 
 
-def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], keys: KeyStore) -> None:
-    """Copy `parts` into `folder`, describe and sign them. Where some of them are sealed, all are, with the same key."""
+def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], keys: KeyStore, failed: Sequence[str] = ()) -> None:
+    """Copy `parts` into `folder`, describe and sign them. Where some of them are sealed, all are, with the same key.
+
+    failed: what it had to reach and did not (`evaluate.require`)."""
     from model_signing import signing
 
     sealed = next((part.parent for part in parts if (part.parent / KEY_FILE).exists()), None)
@@ -42,7 +46,7 @@ def make(folder: Path, name: str, lineage: dict[str, Any], parts: list[Path], ke
             shutil.copyfile(part, folder / part.name)
         else:
             copy(part, folder / part.name, keys, seal)
-    note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage}
+    note = {"format": FORMAT, "name": name, "heliograph": __version__, "lineage": lineage, "failed": list(failed)}
     write_json(folder / "bundle.json", note)
     with in_memory(keys.signing_key(), "signing.key") as private:
         config = signing.Config().use_elliptic_key_signer(private_key=private)

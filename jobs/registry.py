@@ -4,7 +4,8 @@
     REGISTRY/NAME/state.json   which version is asked for by which alias, who moved it when, and the rollout that is under way
 
 An endpoint follows `state.json`: whoever writes it (a rollout, a person with `heliograph deploy`) needs no door into the
-endpoint. `production` is the alias that answers requests which name no version; while there is none, the newest does.
+endpoint. `production` is the alias that answers requests which name no version; while there is none, the newest does that
+reached what it had to.
 
 Two who change a model's state at the same time cannot both win: a change says what it was made from, and is refused when that is
 no longer so. Locks are the system's (`flock`), so whoever dies holds none.
@@ -115,6 +116,7 @@ class Registry:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._failed: dict[tuple[str, int], list[str]] = {}
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -166,13 +168,29 @@ class Registry:
             write_json(self.folder / name / "state.json", state.model_dump())
 
     def resolve(self, name: str, state: State | None = None) -> int:
-        """The version in production, or the newest while there is none. state: the model's, where it was read already.
+        """The version in production; while there is none, the newest that reached what it had to. state: the model's, where it
+        was read already.
 
         Raises RegistryError."""
-        found = (state or self.state(name)).aliases.get(PRODUCTION) or max(self.versions(name), default=None)
-        if found is None:
+        if found := (state or self.state(name)).aliases.get(PRODUCTION):
+            return found
+        versions = self.versions(name)
+        if not versions:
             raise RegistryError(f"{self}: has no {name} yet")
-        return found
+        passed = next((v for v in reversed(versions) if not self.failed(name, v)), None)
+        if passed is None:
+            newest = f"{name}@{versions[-1]}"
+            raise RegistryError(
+                f"{self}: no version of {name} reached what `evaluate.require` asks for ({newest}: "
+                f"{'; '.join(self.failed(name, versions[-1]))}): `heliograph deploy {newest} --force` takes it anyway"
+            )
+        return passed
+
+    def failed(self, name: str, version: int) -> list[str]:
+        """What a version had to reach and did not."""
+        if (name, version) not in self._failed:
+            self._failed[name, version] = self.facts(name, version).note.get("failed", [])
+        return self._failed[name, version]
 
     def hold(self, name: str, version: int) -> Held | None:
         """Keep a version from being collected until what is returned is closed, or this process ends.
@@ -214,6 +232,7 @@ class Registry:
             lineage = facts.note.get("lineage", {})
             origin = [f"from {lineage['source']}"] if "source" in lineage else []
             origin += [f"{k} {str(lineage[k])[:12]}" for k in ("data", "code", "configuration") if k in lineage]
+            aliases += [f"failed: {text}" for text in self.failed(name, version)]
             out.append("  ".join([f"{name}@{version}", made, *figures, *origin, *(f"[{a}]" for a in aliases)]))
         return out
 

@@ -7,7 +7,9 @@ from ..cluster.storage import read_json, write_bytes, write_json
 from ..project import Project
 from ..recipes import FIGURES
 from .engine import TABLE
+from .run import ATTACK
 from .stages import Run
+from .validate import VERDICT
 from .watch import METRICS, read_lines
 
 
@@ -19,6 +21,8 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "stages": run.stages,
         "seconds": round(sum(s["seconds"] for s in run.stages if not s["reused"]), 2),
         "test": read_json(run["evaluate"] / "metrics.json"),
+        "validation": read_json(run["validate"] / VERDICT),
+        "attack": read_json(run["attack"] / ATTACK) if project.evaluate.attack else None,
         "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) <= 1},
         "compress": read_json(run["compress"] / TABLE) if project.compress else None,
         "request": read_json(asked) if (asked := run["predict"] / "request.json").exists() else None,
@@ -35,7 +39,18 @@ def summary(report: dict[str, Any]) -> list[str]:
     """What a person wants to know at once."""
     test, request = report["test"], report["request"]
     figures = [f"{name.replace('_', ' ')} {value}" for name, value in _figures(test)]
-    said = [f"test ({test['rows']} rows): {', '.join(figures)}"]
+    said = [f"test ({test['rows']:,} rows): {', '.join(figures)}"]
+    if attack := report["attack"]:
+        said.append(
+            f"attacked ({attack['method']}, {attack['epsilon']:g} of the range, {attack['rows']:,} rows): "
+            f"accuracy {attack['robust_accuracy']:.4f}"
+        )
+    if "privacy" in report["train"]:
+        spent = report["train"]["privacy"]
+        said.append(f"private: epsilon {spent['epsilon']:.2f} at delta {spent['delta']:.1e}")
+    gates = report["validation"]["gates"]
+    if gates:
+        said.append(f"required: {sum(gate['passed'] for gate in gates)} of {len(gates)} reached")
     if request:
         sure = f" (probability {request['probability']:.3f})" if "probability" in request else ""
         said.append(
@@ -48,7 +63,13 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _figures(test: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, f"{test[name]:.4f}") for name in FIGURES if test.get(name) is not None]
+    """With their intervals."""
+    out = []
+    for name in FIGURES:
+        if test.get(name) is not None:
+            ends = test.get("intervals", {}).get(name)
+            out.append((name, f"{test[name]:.4f}" + (f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else "")))
+    return out
 
 
 def _metric(note: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..cluster import storage
 from ..cluster.audit import Audit
@@ -17,11 +18,13 @@ from ..cluster.mirror import stored
 from ..cluster.runtime import cluster_here, joined
 from ..cluster.sealed import SEALED_KEY, Seal, rewrap_all
 from ..cluster.spec import Capacity
-from ..cluster.storage import read_json
+from ..cluster.storage import read_json, write_json
+from ..datasets.schema import Schema
 from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..errors import RunError
 from ..project import Model, Project
+from ..trust import Attack
 from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
@@ -34,8 +37,10 @@ from .queue import PLACE, QUEUE, Place, turn
 from .registry import Registry, registry_at
 from .stages import Run, Stage
 from .train import Job, train
+from .validate import VERDICT, require_fits, validate
 
 log = logging.getLogger("heliograph")
+ATTACK = "attack.json"
 
 
 def key_store(project: Project, base: Path, folder: Path) -> KeyStore:
@@ -206,6 +211,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
     update = run.display.update
 
     run.execute(preparation(project, base, run))
+    require_fits(project.evaluate, Schema.read(run["prepare"]))
     start, model = starting(project, base, run)
     fused = fusing(project, base, run)
 
@@ -219,9 +225,17 @@ def execute(project: Project, base: Path, run: Run) -> int:
         job = Job(project.name, project.train, model, base, run["prepare"], sealing, folder, project.data.augment, keys)
         train(job, update, run.display.say)
 
+    def do_validate(folder: Path) -> None:
+        beside = {"epsilon": read_json(run["train"] / "result.json").get("privacy", {}).get("epsilon")}
+        if project.evaluate.attack:
+            beside["robust_accuracy"] = read_json(run["attack"] / ATTACK)["robust_accuracy"]
+        small = next(run["compress"].glob(f"*/{COMPRESSED}.*"), None) if project.compress else None
+        validate(sources, project.evaluate, run["evaluate"], beside, small and small.parent, folder, update)
+
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
         parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
+        parts += [run["validate"] / VERDICT]
         parts += [run["compress"] / TABLE, *run["compress"].glob(f"*/{COMPRESSED}.*")] if project.compress else []
         lineage = {
             "source": project.data.source,
@@ -235,14 +249,16 @@ def execute(project: Project, base: Path, run: Run) -> int:
             lineage["ancestor"] = lineage["start"]["ancestor"]
         if fused:
             lineage |= fused.lineage()
-        make(folder, project.name, lineage, parts, keys)
+        make(folder, project.name, lineage, parts, keys, read_json(run["validate"] / VERDICT)["failed"])
 
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
     if fused:
         trained_by = {"members": fused.digest, "by": fused.settings.by, "encrypt": project.train.encrypt}
     if project.data.augment:
         trained_by["augment"] = project.data.augment.model_dump()
+    sources = Sources(run["prepare"], run["train"], sealing, keys)
     smaller = [_compression(project, base, run)] if project.compress else []
+    attacked = [_attack(project.evaluate.attack, sources)] if project.evaluate.attack else []
     for stage in (
         *start,
         Stage("train", ("prepare", *(s.name for s in start)), trained_by, do_train),
@@ -250,10 +266,19 @@ def execute(project: Project, base: Path, run: Run) -> int:
             "evaluate",
             ("prepare", "train"),
             project.evaluate.model_dump(include={"slices", "worst", "confidence", "resamples", "costs"}),
-            lambda folder: evaluate(Sources(run["prepare"], run["train"], sealing, keys), project.evaluate, folder, update),
+            lambda folder: evaluate(sources, project.evaluate, folder, update),
         ),
+        *attacked,
         *smaller,
-        Stage("bundle", ("prepare", "train", "evaluate", *(s.name for s in smaller)), {"name": project.name}, do_bundle),
+        Stage(
+            "validate",
+            ("prepare", "train", "evaluate", *(s.name for s in (*attacked, *smaller))),
+            project.evaluate.model_dump(include={"require", "behaviour"}),
+            do_validate,
+        ),
+        Stage(
+            "bundle", ("prepare", "train", "evaluate", *(s.name for s in smaller), "validate"), {"name": project.name}, do_bundle
+        ),
     ):
         run.execute(stage)
     models = registry(project, base)
@@ -262,6 +287,21 @@ def execute(project: Project, base: Path, run: Run) -> int:
     if version not in known:
         Audit(keys).write("publish", f"{project.name}@{version}")
     return version
+
+
+def _attack(settings: Attack, sources: Sources) -> Stage:
+    """In a process of its own, since TensorFlow takes the memory of a GPU as a whole."""
+
+    def work(folder: Path) -> None:
+        import ray
+
+        from .attack import measure
+
+        gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
+        attacked: Any = ray.remote(num_gpus=gpus, max_calls=1)(measure)
+        write_json(folder / ATTACK, ray.get(attacked.remote(sources, settings)))
+
+    return Stage("attack", ("prepare", "train"), settings.model_dump(), work)
 
 
 def _compression(project: Project, base: Path, run: Run) -> Stage:

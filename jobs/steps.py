@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets import augment as varying
-from ..datasets.ingest import Block
+from ..datasets.ingest import SECRET, Block
 from ..datasets.schema import PIXEL
 from ..project import Augment
 
@@ -90,6 +90,11 @@ class Objective:
     """The share of `loss` where there is a guide."""
     labelled: float = 1.0
     """The share of the training rows that have a target."""
+    harden: Callable[..., dict[str, Any]] | None = None
+    """Moves the inputs of training rows before they are trained on: (model, inputs, target, step)."""
+    private: tuple[float, float] | None = None
+    """(clip, noise) of a private training: each row's gradient is no longer than the first, and the sum of a step gets noise of
+    the second times the first. Its blocks are `ingest.drawn`."""
 
     @property
     def variables(self) -> list[Any]:
@@ -146,7 +151,7 @@ class Steps:
         # Named once: else each new number of rows would be traced, which takes seconds.
         whole, wholes, number = tf.TensorSpec((), tf.int32), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None,))
         rows_spec = ({n: tf.TensorSpec((None, *s)) for n, s in shapes.items()}, target_spec, number)
-        draws_spec = varying.specs(augment[0], shapes)
+        draws_spec = {SECRET: tf.TensorSpec((None, 2), tf.int32)} if objective.private else varying.specs(augment[0], shapes)
 
         def replica() -> int:
             """This replica's place in its own process."""
@@ -201,9 +206,36 @@ class Steps:
             gradients = tape.gradient(total, variables, unconnected_gradients=unused)
             return [tf.convert_to_tensor(g) for g in gradients], losses, outputs
 
-        def meter(target: Any, losses: Any, outputs: Any) -> None:
-            meters[0].update_state(losses)
+        def of_each(rows: Any) -> tuple[Any, Any, Any]:
+            """Like `differentiate`, but the sum of the rows' gradients, each clipped (Abadi et al., 2016)."""
+            assert objective.private
+            clip = objective.private[0]
+
+            def of_one(row: Any) -> Any:
+                with tf.GradientTape() as tape:
+                    losses, outputs = forward(tf.nest.map_structure(lambda v: v[None], row), True)
+                unused = tf.UnconnectedGradients.ZERO
+                found: Any = tape.gradient(losses[0], variables, unconnected_gradients=unused)
+                gradients = [tf.convert_to_tensor(g) for g in found]
+                short = tf.minimum(1.0, clip / tf.maximum(tf.linalg.global_norm(gradients), 1e-12))
+                return [g * short for g in gradients], losses[0], outputs[0]
+
+            gradients, losses, outputs = tf.vectorized_map(of_one, rows)
+            return [tf.reduce_sum(g, axis=0) for g in gradients], losses, outputs
+
+        def noise(secret: Any) -> list[Any]:
+            """This replica's part of a step's noise. secret: int32 `[2]`."""
+            assert objective.private
+            clip, multiplier = objective.private
+            deviation = clip * multiplier / replicas**0.5
+            seeds = [secret + tf.constant([i, replica()]) for i in range(len(variables))]
+            return [deviation * tf.random.stateless_normal(v.shape, s) for v, s in zip(variables, seeds, strict=True)]
+
+        def meter(target: Any, losses: Any, outputs: Any, weight: Any = None) -> None:
             counted = {}
+            if objective.private and weight is not None:
+                counted["sample_weight"] = tf.cast(weight > 0, tf.float32)
+            meters[0].update_state(losses, **counted)
             if objective.labelled < 1:
                 target, has = filled(target)
                 counted["sample_weight"] = tf.cast(has, tf.float32)
@@ -211,12 +243,18 @@ class Steps:
                 other.update_state(target, outputs, **counted)
 
         def metered(rows: Any, everyone: Any) -> tuple[Any, Any]:
-            gradients, losses, outputs = differentiate(rows, everyone)
-            meter(rows[1], losses, outputs)
+            if objective.harden:
+                rows = (objective.harden(model, rows[0], rows[1], optimizer.iterations.value), *rows[1:])
+            if objective.private:
+                summed, losses, outputs = of_each(rows)
+                gradients = [g / everyone for g in summed]
+            else:
+                gradients, losses, outputs = differentiate(rows, everyone)
+            meter(rows[1], losses, outputs, rows[2])
             return gradients, tf.reduce_sum(losses)
 
         def train_step(block: Any, draws: Any, low: Any, high: Any, everyone: Any, clock: Any, host: Any) -> tuple[Any, Any, Any]:
-            if draws:
+            if draws and not objective.private:
                 rows = varied(*cut((block, draws), low, high, 0, 1))
                 mine = cut(rows, 0, high - low, replica(), local)
             else:
@@ -229,6 +267,9 @@ class Steps:
                 for piece in tf.range(split):
                     more, part = metered(cut(mine, 0, rows, piece, split), everyone)
                     gradients, loss = [a + b for a, b in zip(gradients, more, strict=True)], loss + part
+            if objective.private:
+                added = noise(draws[SECRET][low])
+                gradients = [g + n / everyone for g, n in zip(gradients, added, strict=True)]
             computed = tf.cast(stamp(gradients[0]) - clock, tf.float32)
             first = 1.0 if replica() == 0 else 0.0
             here = first * tf.one_hot(rank, ranks)

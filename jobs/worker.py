@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,14 @@ from ..cluster.keys import KeyStore
 from ..cluster.runtime import LOOPBACK, keep_on_loopback
 from ..cluster.sealed import Seal, create
 from ..cluster.storage import write_json
-from ..datasets.ingest import Part, blocks
+from ..datasets.ingest import Block, Part, blocks, drawn
 from ..datasets.schema import Schema
 from ..datasets.shards import Manifest
 from ..errors import RunError
 from ..project import Augment, Model, Train
+from . import private
 from .anomaly import Detector, load_models
+from .attack import Box, hardening
 from .averages import Averages, collect_statistics
 from .checkpoint import Checkpoints, forget_after, place, read
 from .course import judge, last_step, reached
@@ -135,7 +137,9 @@ class _Rank:
                 pace(self.optimizer, self.model, job.model.start, self.part.steps)
             self.shaping = shaped(job.shrinking, self.model, self.schema, self.end)
             self.shaping.hook(self.optimizer)
-            self.objective = Objective(parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled)
+            self.objective = Objective(
+                parts.loss, self.shaping.guide, self.shaping.labels, self.manifest.labelled, self._hardening(), self._privacy()
+            )  # fmt: skip
             self.averages = Averages(train, self.model, self.optimizer)
             self.optimizer.build([*self.model.trainable_variables, *self.objective.variables])
             meters, scale = parts.meters(), LossScale() if train.precision == "mixed_float16" else None
@@ -163,6 +167,35 @@ class _Rank:
         self.looks: list[Future] = []
         self.host = np.zeros(HOST, np.float32)
         self.orders = 0
+
+    def _hardening(self) -> Callable[..., dict[str, Any]] | None:
+        settings = self.job.train.adversarial
+        if settings is None:
+            return None
+        box = Box.of(self.job.prepared, self.job.keys, settings.fixed, "train.adversarial")
+        return hardening(settings, box, self.job.train.seed)
+
+    def _privacy(self) -> tuple[float, float] | None:
+        """(clip, noise)."""
+        settings = self.job.train.privacy
+        if settings is None:
+            return None
+        private.require_private(self.model)
+        return settings.clip, private.noise_of(self.job.train, self.manifest, self.part.batch_size, self.end)
+
+    def _spent(self) -> dict[str, float]:
+        """Of the budget of a private training."""
+        if self.objective.private is None:
+            return {}
+        rows = self.manifest.rows("train")
+        delta, share = private.delta_of(self.job.train, rows), min(1.0, self.part.batch_size / rows)
+        return {"epsilon": round(private.spent(self.objective.private[1], share, self.step, delta), 4)}
+
+    def _blocks(self) -> Iterator[Block]:
+        """Of the training rows, from this step on."""
+        if self.objective.private:
+            return drawn(self.part, self.step, self.end, self.strategy.num_replicas_in_sync // self.ranks)
+        return blocks(self.part, self.step, self.end, self.job.augment)
 
     def _measure(self) -> dict[str, float]:
         """Of the model as it begins, which costs the same as the trained one."""
@@ -219,7 +252,7 @@ class _Rank:
         """Train to the end; why it ended."""
         reason = self._reached()
         while not reason:
-            feed = Feed(blocks(self.part, self.step, self.end, self.job.augment), self.device)
+            feed = Feed(self._blocks(), self.device)
             held_out = self._held_out()
             try:
                 reason = self._from_here(feed, held_out)
@@ -357,6 +390,8 @@ class _Rank:
         rate = round(self.rows / seconds, 1)
         if isinstance(self.objective.loss, Losses):
             figures |= self.objective.loss.learned()
+        if self.rank == 0:
+            figures |= self._spent()
         figures |= self.measured | {"seconds": round(seconds, 3), "rows_per_second": rate, "workers": self.ranks}
         self.history = [*self.history, figures]
         if self.watch:
@@ -454,6 +489,11 @@ class _Rank:
             "stopped": stopped,
             "batch_size": self.part.batch_size,
         }
+        if self.objective.private:
+            clip, noise = self.objective.private
+            rows = self.manifest.rows("train")
+            figures["privacy"] = {**self._spent(), "delta": private.delta_of(job.train, rows), "noise": noise, "clip": clip}
+            figures["privacy"] |= {"share": self.part.batch_size / rows, "steps": self.step}
         write_json(job.folder / "result.json", {**figures, **self.history[-1]})
 
     def _exported(self) -> list[np.ndarray]:

@@ -37,7 +37,7 @@ from .access import Guard
 from .messages import MAX_BODY, TOO_LARGE, Answer, Ask, Request, answered, json_answer
 from .metrics import CLOCK_SECONDS, Stats
 from .models import Loaded, Models, NotLoaded
-from .rollout import begin
+from .rollout import begin, forced_past
 
 log = logging.getLogger("heliograph")
 PROBLEM = "application/problem+json"
@@ -96,6 +96,8 @@ class Deployment(BaseModel):
     percent: Annotated[float, Field(gt=0, le=100)] = 10.0
     seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     requests: Annotated[int, Field(ge=1)] = 100
+    force: bool = False
+    """Also a version that did not reach what it had to: needs the verb `promote`."""
 
 
 @dataclass
@@ -247,16 +249,18 @@ class Application:
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors())
             raise RequestError(problems) from None
-        self._let_in(request, Verb.PROMOTE if wanted.percent >= 100 else Verb.DEPLOY, target.name, seen)
+        self._let_in(request, Verb.PROMOTE if wanted.percent >= 100 or wanted.force else Verb.DEPLOY, target.name, seen)
         version = wanted.version or max(self.models.versions(target.name))
         try:
             state = await asyncio.to_thread(
-                begin, self.models.registry, target.name, version, wanted.percent, wanted.seconds, wanted.requests
+                begin, self.models.registry, target.name, version, wanted.percent, wanted.seconds, wanted.requests, wanted.force
             )
         except RegistryError as error:
             raise RequestError(str(error), 409) from None
         audit = Audit(self.models.keys)
-        await asyncio.to_thread(audit.write, "deploy", f"{target.name}@{version}", token=seen.who, percent=wanted.percent)
+        forced = forced_past(self.models.registry, target.name, version) if wanted.force else {}
+        what = f"{target.name}@{version}"
+        await asyncio.to_thread(audit.write, "deploy", what, token=seen.who, percent=wanted.percent, **forced)
         return json_answer(200, state.model_dump())
 
     async def _about(self, target: Target) -> Answer:

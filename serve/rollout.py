@@ -38,15 +38,24 @@ class Share:
         return self.failures / max(1, self.requests)
 
 
-def begin(registry: Registry, name: str, version: int, percent: float, seconds: float, requests: int) -> State:
+def begin(
+    registry: Registry, name: str, version: int, percent: float, seconds: float, requests: int, force: bool = False
+) -> State:
     """Start a rollout. 100 percent: the version takes over at once, as soon as replicas have loaded it.
 
-    While nothing is in production, the newest other version is what it is judged against. Raises RegistryError for a
-    version that is not there or in production already, and when another change came between.
+    While nothing is in production, the newest other version that reached what it had to is what it is judged against. force: also
+    one that did not. Raises RegistryError for such a version without force, for one that is not there or in production already,
+    and when another change came between.
     """
     registry.bundle(name, version)
+    if not force and (failed := registry.failed(name, version)):
+        raise RegistryError(
+            f"{name}@{version} is not put into production: {'; '.join(failed)}: make it better, or use --force, which is written "
+            "to the audit log"
+        )
     seen = state = registry.state(name)
-    current = state.aliases.get(PRODUCTION) or max((v for v in registry.versions(name) if v != version), default=version)
+    others = (v for v in registry.versions(name) if v != version and not registry.failed(name, v))
+    current = state.aliases.get(PRODUCTION) or max(others, default=version)
     if state.aliases.get(PRODUCTION) == version:
         raise RegistryError(f"{name}@{version} is in production already")
     if current == version:
@@ -59,6 +68,12 @@ def begin(registry: Registry, name: str, version: int, percent: float, seconds: 
     state = state.model_copy(update={"rollout": rollout})
     registry.replace(name, seen, state)
     return state
+
+
+def forced_past(registry: Registry, name: str, version: int) -> dict[str, Any]:
+    """What the audit log says of a version that is deployed by force: what it failed."""
+    failed = registry.failed(name, version)
+    return {"forced": "; ".join(failed)} if failed else {}
 
 
 def follow(look: Callable[[], State], name: str, state: State, wait: bool, say: Callable[[str], None]) -> None:
