@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .errors import ProjectError
 from .recipes import Compress, Trains
 from .settings import Section, read
-from .trust import Adversarial, Evaluate, Privacy
+from .trust import Adversarial, Evaluate, Explain, Privacy
 
 FILE = "heliograph.yaml"
 
@@ -603,6 +603,9 @@ class Serve(Section):
     """`tokens`: each request needs one that `heliograph token add` made"""
     jwt: Jwt | None = None
     """JSON web tokens of this issuer count as tokens, too"""
+    guard: Literal["off", "report", "refuse"] = "off"
+    """rows that are unlike the training rows: `report` counts them, and says in the header `unfamiliar-rows` which they are;
+    `refuse` answers 422 (a quarter of a millisecond a row)"""
     replays: Literal["answered", "refused"] = "answered"
     """`refused`: a sealed request is answered once, by whichever replica; clients' clocks must be right to a minute"""
     key_grace_seconds: Annotated[float, Field(gt=0)] = 86_400.0
@@ -722,6 +725,8 @@ class Project(Section):
     model: Model = Model()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    explain: Explain | None = None
+    """a section; `explain: {}` is a good beginning"""
     serve: Serve = Serve()
     tune: Tune | None = None
     compress: Compress | None = None

@@ -163,3 +163,23 @@ class Privacy(Section):
         if (self.epsilon is None) == (self.noise is None):
             raise ValueError("write `epsilon`, the budget, or `noise`, and not both")
         return self
+
+
+class Explain(Section):
+    """Why the model answers as it does: of all test rows, and of the first ones each."""
+
+    method: Literal["auto", "expected_gradients", "integrated_gradients", "permutation", "shap", "lime"] = "auto"
+    """of each row's values: gradients, or Shapley values from answers alone (`permutation`); `auto`: gradients where the inputs
+    are numbers; `shap` and `lime` are the libraries of these names (`heliograph[explain]`)"""
+    rows: Annotated[int, Field(ge=1)] = 500
+    """of the test split"""
+    background: Annotated[int, Field(ge=1)] = 50
+    """training rows that a row is held against"""
+    orders: Annotated[int, Field(ge=1)] = 5
+    """of `permutation`: random orders of the columns, each also backwards"""
+    repeats: Annotated[int, Field(ge=1)] = 5
+    """of permuting a column, to see what it is worth"""
+    dependence: Annotated[int, Field(ge=0)] = 4
+    """columns, the most important ones, whose partial dependence is followed"""
+    depth: Annotated[int, Field(ge=1, le=10)] = 4
+    """of the decision tree that stands in for the model"""

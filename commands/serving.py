@@ -13,6 +13,10 @@ from .. import project
 from ..errors import RegistryError, RunError
 from . import Port, ProjectFolder, RegistryPlace, RunFolder, Trust, app, keys_of, run_folder, with_port, with_registry
 
+LOCAL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option(help="Where the endpoint is.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Send in clear instead of sealed.")]
+
 
 @app.command()
 def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None, registry: RegistryPlace = None) -> None:
@@ -202,11 +206,11 @@ def registry_of(folder: Path) -> Any:
 def predict(
     rows: Annotated[Path, typer.Argument(help=".json (or -), .jsonl, .csv or .parquet; columns as the source has them.")],
     model: Annotated[str, typer.Option(help="The model: NAME, or NAME@VERSION.")],
-    url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
+    url: Url = LOCAL,
     out: Annotated[Path | None, typer.Option(help="Write predictions to this .csv or .jsonl; run again to go on.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of a request, of a file that is streamed.", min=1)] = 256,
     trust: Trust = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Send in clear instead of sealed.")] = False,
+    plain: Plain = False,
 ) -> None:
     """Send rows to an endpoint, sealed so that only the model's replica can read them, and print a line for each.
 
@@ -222,6 +226,58 @@ def predict(
     name, version = parse(model)
     with Client(url, name, version=version, encrypt=not plain, trust=trust) as client:
         bulk.predict(client, rows, out, batch)
+
+
+@app.command()
+def explain(
+    rows: Annotated[Path, typer.Argument(help=".json: a list of rows, 16 at most (or - for standard input).")],
+    model: Annotated[str, typer.Option(help="The model: NAME, or NAME@VERSION.")],
+    url: Url = LOCAL,
+    trust: Trust = None,
+    plain: Plain = False,
+) -> None:
+    """Ask an endpoint why it answers so: a JSON line for each row, what each feature added to the answer.
+
+    Example:  heliograph explain rows.json --model digits --trust runs/default/keys/signing.pub
+    """
+    import json
+
+    from ..jobs.registry import parse
+    from ..serve.client import Client, read_rows
+
+    name, version = parse(model)
+    with Client(url, name, version=version, encrypt=not plain, trust=trust) as client:
+        for line in client.explain(read_rows(rows)):
+            typer.echo(json.dumps(line))
+
+
+@app.command()
+def drift(
+    model: Annotated[str, typer.Argument(help="The model: NAME, or NAME@VERSION.")],
+    url: Url = LOCAL,
+    trust: Trust = None,
+    plain: Plain = False,
+) -> None:
+    """Show which features of the requests moved away from the training rows, the worst first.
+
+    The endpoint counts what comes in bins and keeps no row. PSI: 0.1 is a little, 0.2 counts as moved.
+
+    Example:  heliograph drift digits --trust runs/default/keys/signing.pub
+    """
+    from ..jobs.display import Display, plain_table
+    from ..jobs.registry import parse
+    from ..serve.client import Client
+
+    name, version = parse(model)
+    with Client(url, name, version=version, encrypt=not plain, trust=trust) as client:
+        found = client.drift()
+    if not found:
+        typer.echo(f"{model}: fewer than 100 rows were asked about: nothing can be said yet")
+        return
+    rows = [(f["name"], f"{f['psi']:.3f}", f"{f['ks']:.3f}", f"{f['rows']:,}", "moved" if f["moved"] else "") for f in found]
+    Display().console.print(plain_table(("feature", "PSI", "KS", "rows", ""), rows))
+    moved = [line["name"] for line in found if line["moved"]]
+    typer.echo(f"moved: {', '.join(moved)}" if moved else "nothing moved")
 
 
 @app.command("predict-dataset")

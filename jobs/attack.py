@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 
 from ..cluster.keys import KeyStore
-from ..datasets import shards
 from ..datasets.ingest import Part
 from ..datasets.preprocess import Preprocessing
-from ..datasets.schema import Schema, as_fed, to_numpy
+from ..datasets.schema import Schema, as_fed
 from ..datasets.shards import TARGET, Manifest
 from ..errors import BundleError, DataError
 from ..project import FILE
 from ..settings import hint
 from ..trust import Attack
 from .engine import keras_model
-from .evaluate import Sources
+from .evaluate import Sources, test_rows
 from .steps import claim, fed
 
 TINY = 1e-30
@@ -232,17 +231,8 @@ def measure(sources: Sources, settings: Attack) -> dict[str, Any]:
     model that gives no gradients."""
     box = Box.of(sources.prepared, sources.keys, settings.fixed, "evaluate.attack")
     engine, threads = sources.engine(), len(os.sched_getaffinity(0))
-    inputs, targets, count = [], [], 0
-    for shard in Manifest.read(sources.prepared).splits["test"]:
-        with shards.open_shard(sources.prepared / shard.file, sources.keys) as opened:
-            table = shards.read_table(opened, sources.prepared / shard.file)
-        inputs.append(engine.preprocessing.apply(engine.schema.columns(table)))
-        targets.append(to_numpy(table.column(TARGET)))
-        count += shard.rows
-        if count >= settings.rows:
-            break
-    target = np.concatenate(targets)[: settings.rows]
-    rows = {n: as_fed(np.concatenate([i[n] for i in inputs])[: settings.rows]) for n in engine.schema.inputs}
+    columns, target = test_rows(sources, settings.rows)
+    rows = {n: as_fed(v) for n, v in engine.preprocessing.apply(columns).items()}
     clean = engine.forward(rows).argmax(axis=1) == target
     if settings.method == "random":
         right = by_search(engine.forward, rows, target, box, settings)

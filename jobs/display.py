@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,6 +83,13 @@ def form_table(head: tuple[str, ...], rows: list[list[str]]) -> Table:
     made = Table(*head, box=None, pad_edge=False)
     for row in rows:
         made.add_row(*row, style="bold" if row[-1] == "chosen" else None)
+    return made
+
+
+def plain_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    made = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        made.add_row(*row)
     return made
 
 

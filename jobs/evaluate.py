@@ -20,7 +20,7 @@ from ..cluster.keys import KeyStore
 from ..cluster.storage import write_json
 from ..datasets import shards
 from ..datasets.ingest import Part
-from ..datasets.schema import Schema, arrow_column, to_numpy
+from ..datasets.schema import Columns, Schema, arrow_column, to_numpy
 from ..datasets.shards import TARGET, Manifest, SplitName
 from ..errors import DataError
 from ..project import FILE
@@ -296,6 +296,20 @@ def predicted(engine: Engine, prepared: Path, split: SplitName, keys: KeyStore |
         found = list(_of_windows(engine, Part(prepared, manifest, split, keys, 0, 1, 1, None)))
     targets, outputs = zip(*found, strict=True)
     return np.concatenate(targets), np.concatenate(outputs)
+
+
+def test_rows(sources: Sources, most: int | None) -> tuple[Columns, np.ndarray]:
+    """Raw test rows, all or the first ones, and their targets."""
+    tables, count = [], 0
+    for shard in Manifest.read(sources.prepared).splits["test"]:
+        file = sources.prepared / shard.file
+        with shards.open_shard(file, sources.keys) as opened:
+            tables.append(shards.read_table(opened, file))
+        count += shard.rows
+        if most and count >= most:
+            break
+    table = pa.concat_tables(tables).slice(0, most)
+    return Schema.read(sources.prepared).columns(table), to_numpy(table.column(TARGET))
 
 
 def _of_windows(engine: Engine, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 
-from .evaluate import Sources
-from .validate import ROWS, test_rows
+from .evaluate import Sources, test_rows
+from .validate import ROWS
 
 if __name__ == "__main__":
     sources: Sources = pickle.loads(sys.stdin.buffer.read())  # noqa: S301  from `validate`, our own process
-    np.save(sys.argv[1], sources.engine().predict(test_rows(sources, ROWS)))
+    np.save(sys.argv[1], sources.engine().predict(test_rows(sources, ROWS)[0]))

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from ..datasets.shards import rotate_all
 from ..datasets.sources import open_source
 from ..errors import RunError
 from ..project import Model, Project
-from ..trust import Attack
+from ..trust import Attack, Explain
 from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
 from .display import Display
 from .engine import COMPRESSED, FILES, TABLE
 from .evaluate import Sources, evaluate
+from .explain import EXPLAINED, explain
 from .fuse import Members, fuse, places_of, require_alike
+from .guard import GUARD, REFERENCE
 from .prepare import prepare
 from .queue import PLACE, QUEUE, Place, turn
 from .registry import Registry, registry_at
@@ -235,20 +237,10 @@ def execute(project: Project, base: Path, run: Run) -> int:
     def do_bundle(folder: Path) -> None:
         parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
         parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
-        parts += [run["validate"] / VERDICT]
+        parts += [run["validate"] / name for name in (VERDICT, REFERENCE, GUARD)]
+        parts += [run["explain"] / EXPLAINED] if project.explain else []
         parts += [run["compress"] / TABLE, *run["compress"].glob(f"*/{COMPRESSED}.*")] if project.compress else []
-        lineage = {
-            "source": project.data.source,
-            "data": run.fingerprints["prepare"],
-            "code": code_of(base),
-            "configuration": run.fingerprints["train"],
-            "settings": {"train": project.train.model_dump(mode="json"), "model": project.model.model_dump(mode="json")},
-        }
-        if project.model.start:
-            lineage["start"] = read_json(run["start"] / transfer.NOTE)
-            lineage["ancestor"] = lineage["start"]["ancestor"]
-        if fused:
-            lineage |= fused.lineage()
+        lineage = _lineage(project, base, run, fused)
         make(folder, project.name, lineage, parts, keys, read_json(run["validate"] / VERDICT)["failed"])
 
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
@@ -258,6 +250,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
         trained_by["augment"] = project.data.augment.model_dump()
     sources = Sources(run["prepare"], run["train"], sealing, keys)
     smaller = [_compression(project, base, run)] if project.compress else []
+    explained = [_explanation(project.explain, sources, update)] if project.explain else []
     attacked = [_attack(project.evaluate.attack, sources)] if project.evaluate.attack else []
     for stage in (
         *start,
@@ -268,6 +261,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
             project.evaluate.model_dump(include={"slices", "worst", "confidence", "resamples", "costs"}),
             lambda folder: evaluate(sources, project.evaluate, folder, update),
         ),
+        *explained,
         *attacked,
         *smaller,
         Stage(
@@ -277,7 +271,10 @@ def execute(project: Project, base: Path, run: Run) -> int:
             do_validate,
         ),
         Stage(
-            "bundle", ("prepare", "train", "evaluate", *(s.name for s in smaller), "validate"), {"name": project.name}, do_bundle
+            "bundle",
+            ("prepare", "train", "evaluate", *(s.name for s in (*explained, *smaller)), "validate"),
+            {"name": project.name},
+            do_bundle,
         ),
     ):
         run.execute(stage)
@@ -287,6 +284,27 @@ def execute(project: Project, base: Path, run: Run) -> int:
     if version not in known:
         Audit(keys).write("publish", f"{project.name}@{version}")
     return version
+
+
+def _lineage(project: Project, base: Path, run: Run, fused: Members | None) -> dict[str, Any]:
+    """Where a bundle comes from."""
+    lineage = {
+        "source": project.data.source,
+        "data": run.fingerprints["prepare"],
+        "code": code_of(base),
+        "configuration": run.fingerprints["train"],
+        "settings": {"train": project.train.model_dump(mode="json"), "model": project.model.model_dump(mode="json")},
+    }
+    if project.model.start:
+        lineage["start"] = read_json(run["start"] / transfer.NOTE)
+        lineage["ancestor"] = lineage["start"]["ancestor"]
+    return lineage | (fused.lineage() if fused else {})
+
+
+def _explanation(settings: Explain, sources: Sources, update: Callable[..., None]) -> Stage:
+    return Stage(
+        "explain", ("prepare", "train"), settings.model_dump(), lambda folder: explain(sources, settings, folder, update)
+    )
 
 
 def _attack(settings: Attack, sources: Sources) -> Stage:

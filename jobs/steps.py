@@ -206,6 +206,7 @@ class Steps:
             gradients = tape.gradient(total, variables, unconnected_gradients=unused)
             return [tf.convert_to_tensor(g) for g in gradients], losses, outputs
 
+        @tf.autograph.experimental.do_not_convert
         def of_each(rows: Any) -> tuple[Any, Any, Any]:
             """Like `differentiate`, but the sum of the rows' gradients, each clipped (Abadi et al., 2016)."""
             assert objective.private
@@ -214,11 +215,12 @@ class Steps:
             def of_one(row: Any) -> Any:
                 with tf.GradientTape() as tape:
                     losses, outputs = forward(tf.nest.map_structure(lambda v: v[None], row), True)
+                    loss = losses[0]
                 unused = tf.UnconnectedGradients.ZERO
-                found: Any = tape.gradient(losses[0], variables, unconnected_gradients=unused)
+                found: Any = tape.gradient(loss, variables, unconnected_gradients=unused)
                 gradients = [tf.convert_to_tensor(g) for g in found]
                 short = tf.minimum(1.0, clip / tf.maximum(tf.linalg.global_norm(gradients), 1e-12))
-                return [g * short for g in gradients], losses[0], outputs[0]
+                return [g * short for g in gradients], loss, outputs[0]
 
             gradients, losses, outputs = tf.vectorized_map(of_one, rows)
             return [tf.reduce_sum(g, axis=0) for g in gradients], losses, outputs

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ..cluster.storage import read_json, write_json
-from ..datasets import shards
-from ..datasets.schema import Columns, Schema
-from ..datasets.shards import Manifest
+from ..cluster.storage import read_json, write_bytes, write_json
+from ..datasets.schema import Schema, as_fed
 from ..errors import BundleError, DataError
 from ..project import FILE
 from ..trust import LIMIT, Evaluate
 from . import behaviour
 from .engine import COMPRESSED, FILES, Engine
-from .evaluate import METRICS, Sources, costs_of
+from .evaluate import METRICS, Sources, costs_of, test_rows
+from .export import sample
+from .guard import GUARD, MOST_ROWS, REFERENCE, Guard, reference
 from .slices import parsed
 
 VERDICT = "validation.json"
@@ -66,11 +66,12 @@ def validate(
     sources: Sources, settings: Evaluate, evaluated: Path, extra: dict[str, Any], compressed: Path | None, folder: Path,
     update: Callable[..., None],
 ) -> None:  # fmt: skip
-    """Write `validation.json`: {gates, behaviour, latency_ms, size_mb, reload_gap, failed}. extra: figures of other stages.
+    """Write `reference.json` and `guard.npz` (see `guard`), and `validation.json`: {gates, behaviour, latency_ms, size_mb,
+    reload_gap, failed}. extra: figures of other stages.
     compressed: the folder of the chosen form, if there is one. Raises BundleError when a clean process answers otherwise."""
     figures = read_json(evaluated / METRICS)
     update("loading the model in a clean process")
-    engine, columns = sources.engine(), test_rows(sources, None)
+    engine, columns = sources.engine(), test_rows(sources, None)[0]
     gap = _reloaded(sources, engine)
     update("timing the model")
     form = COMPRESSED if compressed else "model"
@@ -90,6 +91,11 @@ def validate(
         beside["behaviour"] = float(np.mean([test["ok"] for test in said["behaviour"]]))
     said["gates"] = [_gate(name, limit, figures, beside) for name, limit in settings.require.items()]
     said["failed"] = [gate["text"] for gate in said["gates"] if not gate["passed"]]
+    update("learning what rows are familiar")
+    write_json(folder / REFERENCE, reference(engine, sources, columns).model_dump())
+    held = {n: as_fed(v) for n, v in engine.preprocessing.apply(columns).items()}
+    learnt, _ = sample(sources.prepared, sources.keys, "train", MOST_ROWS)
+    write_bytes(folder / GUARD, Guard.fit(learnt, held).dump())
     write_json(folder / VERDICT, said)
 
 
@@ -130,24 +136,9 @@ def _times(engine: Engine) -> dict[str, float]:
     return {f"p{q}": round(1000 * float(np.quantile(seconds, q / 100)), 4) for q in (50, 99)}
 
 
-def test_rows(sources: Sources, most: int | None) -> Columns:
-    """Raw test rows: all, or the first ones."""
-    import pyarrow as pa
-
-    tables, count = [], 0
-    for shard in Manifest.read(sources.prepared).splits["test"]:
-        file = sources.prepared / shard.file
-        with shards.open_shard(file, sources.keys) as opened:
-            tables.append(shards.read_table(opened, file))
-        count += shard.rows
-        if most and count >= most:
-            break
-    return Schema.read(sources.prepared).columns(pa.concat_tables(tables).slice(0, most))
-
-
 def _reloaded(sources: Sources, engine: Engine) -> float:
     """The largest difference between the answers of this process and of a new one that has nothing but the files."""
-    own = engine.predict(test_rows(sources, ROWS))
+    own = engine.predict(test_rows(sources, ROWS)[0])
     with tempfile.TemporaryDirectory(prefix="heliograph-") as temp:
         out = Path(temp) / "answers.npy"
         command = [sys.executable, "-m", "heliograph.jobs.reload", str(out)]

@@ -390,8 +390,6 @@ class _Rank:
         rate = round(self.rows / seconds, 1)
         if isinstance(self.objective.loss, Losses):
             figures |= self.objective.loss.learned()
-        if self.rank == 0:
-            figures |= self._spent()
         figures |= self.measured | {"seconds": round(seconds, 3), "rows_per_second": rate, "workers": self.ranks}
         self.history = [*self.history, figures]
         if self.watch:

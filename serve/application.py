@@ -1,6 +1,8 @@
 """What an endpoint answers: method, path, type and bytes in; status, type and bytes out.
 
     POST /v1/models/NAME[/versions/V|/labels/L]:predict|:classify|:regress     `tfserving`; Arrow; or sealed
+    POST /v1/models/NAME[/versions/V|/labels/L]:explain                        the body of :predict; or sealed
+    GET  /v1/models/NAME/drift                       how requests differ from the training rows
     GET  /v1/models/NAME[/versions/V|/labels/L][/metadata]
     POST /v1/models/NAME:deploy, GET /v1/models/NAME/rollout                   where `serve.access` is `tokens`
     GET  /v1/models/NAME[/versions/V]/ohttp-keys     the public key configuration, signed for this model's name
@@ -21,7 +23,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from typing import Annotated
 from urllib.parse import unquote
@@ -54,7 +56,8 @@ DATE_PROBLEM = orjson.dumps(
 NOT_SEALED = "this endpoint takes no encapsulated requests (serve.encrypted is off)"
 REPEATED = "this sealed request was answered before: seal it anew"
 WHICH = r"(?P<name>[^/:]{1,200})(?:/versions/(?P<version>\d{1,9})|/labels/(?P<label>[^/:]{1,200}))?"
-V1 = re.compile(rf"/v1/models/{WHICH}(?::(?P<verb>predict|classify|regress|deploy)|/(?P<part>metadata|ohttp-keys|rollout))?")
+VERBS = "predict|classify|regress|explain|deploy"
+V1 = re.compile(rf"/v1/models/{WHICH}(?::(?P<verb>{VERBS})|/(?P<part>metadata|ohttp-keys|rollout|drift))?")
 V2 = re.compile(rf"/v2/models/{WHICH}(?:/(?P<verb>infer)|/(?P<part>ready))?")
 FIXED = {
     "/v2": "GET", "/v2/": "GET", "/v2/health/live": "GET", "/v2/health/ready": "GET", "/v2/repository/index": "POST",
@@ -143,7 +146,8 @@ class Application:
         if target.verb == "deploy":
             return await self._deploy(request, target, seen)
         if target.part != "ohttp-keys":  # which are public
-            self._let_in(request, Verb.PREDICT if target.verb else Verb.READ, target.name, seen)
+            verb = Verb.PREDICT if target.verb else Verb.METRICS if target.part == "drift" else Verb.READ
+            self._let_in(request, verb, target.name, seen)
         return await (self._infer(request, target, seen) if target.verb else self._about(target))
 
     def _let_in(self, request: Request, verb: Verb, model: str | None, seen: Seen) -> None:
@@ -220,10 +224,15 @@ class Application:
         ask = self._ask(request, target, model)
         seen.rows = ask.rows
         read = time.perf_counter()
-        outputs = await model.batcher.submit(ask.columns, ask.rows)
+        outputs, strange = model.judged(await model.batcher.submit(ask.columns, ask.rows))
         done = time.perf_counter()
-        answer = ask.render(outputs)
+        if target.verb == "explain":
+            answer = json_answer(200, {"explanations": await asyncio.to_thread(model.explain, ask.columns, outputs)})
+        else:
+            answer = ask.render(outputs)
         answer.headers["model-version"] = model.key[1]
+        if strange:
+            answer.headers["unfamiliar-rows"] = ",".join(map(str, strange[:100]))
         reading, writing = read - began, time.perf_counter() - done
         seen.busy = reading + writing
         self.models.stats.observe("stage_seconds", (*model.key, "read"), reading)
@@ -238,7 +247,7 @@ class Application:
             if target.verb != "predict":
                 raise RequestError("an Arrow body goes to :predict", 415)
             return arrow.ask(request.body, model.identity)
-        return tfserving.ask(target.verb or "", request.body, model.identity)
+        return tfserving.ask("predict" if target.verb == "explain" else target.verb or "", request.body, model.identity)
 
     async def _deploy(self, request: Request, target: Target, seen: Seen) -> Answer:
         """Put a version into production: who may is asked to the token, what becomes of it to `rollout`."""
@@ -263,7 +272,7 @@ class Application:
         await asyncio.to_thread(audit.write, "deploy", what, token=seen.who, percent=wanted.percent, **forced)
         return json_answer(200, state.model_dump())
 
-    async def _about(self, target: Target) -> Answer:
+    async def _about(self, target: Target) -> Answer:  # noqa: PLR0911
         if target.part == "ohttp-keys":
             if self.encrypted == "off":
                 raise RequestError(NOT_SEALED, 404)
@@ -271,6 +280,10 @@ class Application:
             headers = {ohttp.SIGNATURE_HEADER: signature, "cache-control": f"max-age={seconds}"}
             return Answer(200, ohttp.KEYS_TYPE, configs, headers)
         versions = self.models.versions(target.name)
+        if target.part == "drift":
+            model = await self._pick(target)
+            counts = (await self._total()).drift.get(model.key)
+            return json_answer(200, {"features": [asdict(found) for found in counts.shifts()] if counts else []})
         if target.part == "rollout":
             return json_answer(200, (await asyncio.to_thread(self.models.registry.state, target.name)).model_dump())
         if target.part == "ready":

@@ -95,6 +95,14 @@ class _Talk:
         answer = yield from self._ask_model("POST", f"{self._place}:predict", body, JSON)
         return _opened(answer)["predictions"]
 
+    def _explain(self, rows: Any) -> Steps:
+        body = json.dumps({"instances": _plain(rows)}, allow_nan=False).encode()
+        answer = yield from self._ask_model("POST", f"{self._place}:explain", body, JSON)
+        return _opened(answer)["explanations"]
+
+    def _drift(self) -> Steps:
+        return _opened((yield from self._ask_model("GET", f"{self._place}/drift")))["features"]
+
     def _predict_table(self, table: Any) -> Steps:
         import pyarrow as pa
 
@@ -223,6 +231,16 @@ class Client(_Talk):
         classification, `probabilities`; no more than 16 MiB at once."""
         return self._run(self._predict_table(table))
 
+    def explain(self, rows: Any) -> list[dict[str, Any]]:
+        """Why each row (16 at most) is answered so: `output` (the class), `value` (its probability, or the number), `base` (that
+        of the mean training row), and what each of the `features` added; `base` and these make `value`."""
+        return self._run(self._explain(rows))
+
+    def drift(self) -> list[dict[str, Any]]:
+        """How the rows that were asked about differ from the training rows, the largest first: `name` (answers in brackets),
+        `psi`, `ks`, `rows`, `moved`; nothing before there are 100 rows."""
+        return self._run(self._drift())
+
     def schema(self) -> dict[str, Any]:
         """The model's schema: `features`, `classes`, `task`."""
         return self._run(self._schema())
@@ -277,6 +295,12 @@ class AsyncClient(_Talk):
 
     async def predict_table(self, table: Any) -> Any:
         return await self._run(self._predict_table(table))
+
+    async def explain(self, rows: Any) -> list[dict[str, Any]]:
+        return await self._run(self._explain(rows))
+
+    async def drift(self) -> list[dict[str, Any]]:
+        return await self._run(self._drift())
 
     async def schema(self) -> dict[str, Any]:
         return await self._run(self._schema())

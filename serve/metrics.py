@@ -9,13 +9,18 @@ that is killed takes at most its last half second with it.
     heliograph_stage_seconds{model,version,stage}          open, read, queue, preprocess, model, write, seal
     heliograph_batch_rows, heliograph_batch_requests{model,version}   of each call of an engine
     heliograph_load_seconds{model,version}                 the last cold start of a model
+    heliograph_drift_psi, heliograph_drift_ks{model,version,feature}   of requests against training (`jobs.guard`)
+    heliograph_unfamiliar_rows_total{model,version}        where `serve.guard` is on
     heliograph_replicas, heliograph_in_flight
 """
 
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..jobs.guard import Counts
 
 Key = tuple[str, ...]
 SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -41,6 +46,10 @@ class Stats:
         self.loads: dict[Key, float] = {}
         self.failures: dict[Key, str] = {}
         """Why a model's version could not be loaded."""
+        self.drift: dict[Key, Counts] = {}
+        """What rows brought and were answered, by model and version; histograms, and no row."""
+        self.unfamiliar: dict[Key, int] = {}
+        """Rows that were unlike the training rows."""
         self.in_flight = 0
         self.replicas = 1
 
@@ -63,6 +72,10 @@ class Stats:
             mine = self.histograms[name]
             for key, counts in keys.items():
                 mine[key] = [a + b for a, b in zip(mine[key], counts, strict=True)] if key in mine else list(counts)
+        for key, counts in other.drift.items():
+            self.drift[key] = self.drift[key].merge(counts) if key in self.drift else counts
+        for key, rows in other.unfamiliar.items():
+            self.unfamiliar[key] = self.unfamiliar.get(key, 0) + rows
         if gauges:
             self.loads |= other.loads
             self.failures |= other.failures
@@ -91,6 +104,19 @@ class Stats:
         for key, seconds in sorted(self.loads.items()):
             loads.add_metric(key, seconds)
         yield loads
+        labels = ["model", "version", "feature"]
+        psi = GaugeMetricFamily("heliograph_drift_psi", "Population stability index against training.", labels=labels)
+        ks = GaugeMetricFamily("heliograph_drift_ks", "Kolmogorov and Smirnov's distance from training.", labels=labels)
+        for key, counts in sorted(self.drift.items()):
+            for found in counts.shifts():
+                psi.add_metric((*key, found.name), found.psi)
+                ks.add_metric((*key, found.name), found.ks)
+        yield psi
+        yield ks
+        strange = CounterMetricFamily("heliograph_unfamiliar_rows", "Rows unlike the training rows.", labels=["model", "version"])
+        for key, rows in sorted(self.unfamiliar.items()):
+            strange.add_metric(key, rows)
+        yield strange
         yield GaugeMetricFamily("heliograph_in_flight", "Requests being answered.", value=self.in_flight)
         yield GaugeMetricFamily("heliograph_replicas", "Replicas that are alive.", value=self.replicas)
 

@@ -12,14 +12,18 @@ import random
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..cluster.keys import KeyStore
-from ..datasets.schema import Columns
+from ..cluster.sealed import Seal
+from ..datasets.schema import Columns, as_fed
 from ..errors import HeliographError, RequestError
 from ..jobs import bundle
 from ..jobs.engine import Engine
+from ..jobs.explain import explained
+from ..jobs.guard import GUARD, REFERENCE, Counts, Guard, Reference
 from ..jobs.registry import PRODUCTION, Held, Registry, State
 from ..project import Serve
 from .batching import Batcher
@@ -30,6 +34,8 @@ from .metrics import Stats
 log = logging.getLogger("heliograph")
 RETRY_SECONDS = 30.0
 """After which a version that could not be loaded is tried again."""
+MOST_EXPLAINED = 16
+"""Rows of a request."""
 Place = tuple[str, int]
 
 
@@ -53,6 +59,12 @@ class Loaded:
         self.identity = Identity(name, version, self.engine.schema)
         self.key = (name, str(version))
         self._stats = stats
+        seal = Seal.of(folder, keys)
+        self.reference = Reference.read(folder, seal) if (folder / REFERENCE).exists() else None  # what older ones lack
+        self.guard = Guard.read(folder, seal) if options.guard != "off" and (folder / GUARD).exists() else None
+        self.refuses = options.guard == "refuse"
+        if self.reference:
+            stats.drift.setdefault(self.key, Counts(self.reference))
         self.batcher = Batcher(self._run, options.latency_ms / 1000, self._seen)
         for rows in (1, 32):
             self.batcher.pace.add(rows, self.engine.measure(rows, calls=3))
@@ -72,7 +84,33 @@ class Loaded:
         self._stats.observe("stage_seconds", (*self.key, "model"), time.perf_counter() - middle)
         if not np.isfinite(outputs).all():
             raise RequestError("the model answered with a number that is not finite", 500)
+        if self.reference:
+            self._stats.drift[self.key].add(columns, outputs)
+        if self.guard:  # beside the outputs, so that each request of a batch gets those of its rows
+            return np.column_stack([outputs, self.guard.scores({n: as_fed(v) for n, v in inputs.items()})])
         return outputs
+
+    def judged(self, outputs: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """(the model's outputs, which rows are unlike the training rows) of what a batch answered. Raises RequestError (422)."""
+        if self.guard is None:
+            return outputs, []
+        strange = np.flatnonzero(outputs[:, -1] > 1).tolist()
+        if strange:
+            self._stats.unfamiliar[self.key] = self._stats.unfamiliar.get(self.key, 0) + len(strange)
+            if self.refuses:
+                rows = ", ".join(map(str, strange[:20]))
+                raise RequestError(f"unlike what this model has learnt from: rows {rows} (counted from 0)", 422)
+        return outputs[:, :-1], strange
+
+    def explain(self, columns: Columns, outputs: np.ndarray) -> list[dict[str, Any]]:
+        """Of each row, what each feature added to the answer, from the mean training row on: `base` and the features' values add
+        up to `value`. Raises RequestError."""
+        if self.reference is None or self.identity.schema.tasks:
+            raise RequestError("this version cannot be explained: it has several targets, or is an older one", 501)
+        if len(outputs) > MOST_EXPLAINED:
+            raise RequestError(f"{len(outputs)} rows: {MOST_EXPLAINED} at most are explained at once", 413)
+        rows = {n: as_fed(v) for n, v in self.engine.preprocessing.apply(columns).items()}
+        return explained(self.engine, columns, rows, outputs, self.reference.mean)
 
     def _seen(self, requests: int, rows: int, waited: list[float]) -> None:
         self._stats.observe("batch_requests", self.key, requests)
