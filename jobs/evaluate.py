@@ -275,7 +275,11 @@ def threshold(
     place = np.searchsorted(chosen[1][:, positive][order], middles)
     missed = np.append(0, np.cumsum(true))[place]
     alarms = (~true).sum() - np.append(0, np.cumsum(~true))[place]
-    best = middles[np.argmin(costs.false_negative * missed + costs.false_positive * alarms)]
+    total = costs.false_negative * missed + costs.false_positive * alarms
+    # Of all that cost least, the one that is nearest to what perfect probabilities would need (Elkan, 2001).
+    ideal = costs.false_positive / max(costs.false_positive + costs.false_negative, 1e-12)
+    cheapest = middles[total <= total.min() + 1e-9]
+    best = cheapest[np.argmin(np.abs(cheapest - ideal))]
     return {"positive": costs.positive, "threshold": float(best), "cost": cost(judged, best), "cost_at_half": cost(judged, 0.5)}
 
 

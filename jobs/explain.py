@@ -4,8 +4,8 @@ A local explanation shares out what separates a row's answer from the usual one 
 that the model reads, after preprocessing (of an image, its pixels or patches of them). Methods:
 
     expected_gradients    integrated gradients averaged over rows of the training split (Erion et al., Improving performance of
-                          deep learning models with axiomatic attribution priors and expected gradients, 2021), by Gauss and
-                          Legendre's nodes instead of random ones, so a row's values do not depend on the rows beside it
+                          deep learning models with axiomatic attribution priors and expected gradients, 2021), at places that
+                          are spread evenly instead of drawn, so a row's values do not depend on the rows beside it
     integrated_gradients  from the mean row (Sundararajan, Taly and Yan, 2017)
     permutation           Shapley values by paired random orders, from answers alone (Štrumbelj and Kononenko, 2014; Mitchell et
                           al., Sampling permutations for Shapley value estimation, 2022)
@@ -38,8 +38,9 @@ Inputs = dict[str, np.ndarray]
 EXPLAINED = "explain.json"
 ORDERS = 5
 """Of an endpoint's explanation, each also backwards."""
-NODES = 6
-"""Of the straight line between two rows."""
+NODES, GOLDEN = 24, 0.6180339887498949
+"""Points of the straight line between two rows; from one row alone, there are `MIDDLES`."""
+MIDDLES = (np.arange(64) + 0.5) / 64
 MOST_PLAYERS = 256
 """Into which an image or a list is cut at most."""
 AT_ONCE = 1 << 15
@@ -121,9 +122,7 @@ def shapley(
     return total / len(each)
 
 
-def _coalitions(
-    forward: Forward, row: Inputs, reference: Inputs, who: list[Player], brought: np.ndarray
-) -> np.ndarray:
+def _coalitions(forward: Forward, row: Inputs, reference: Inputs, who: list[Player], brought: np.ndarray) -> np.ndarray:
     """Answers where some players bring the row's numbers and the others the reference's: `[coalitions × references, outputs]`."""
     many = len(next(iter(reference.values())))
     mixed = {}
@@ -150,36 +149,39 @@ def gradients(model: Any, rows: Inputs, background: Inputs, outputs: np.ndarray)
 
     from .steps import fed
 
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    nodes, weights = (nodes + 1) / 2, weights / 2
-    names, many = list(rows), len(next(iter(background.values())))
-    count = len(outputs)
+    many = len(next(iter(background.values())))
+    # Each row of background has places of its own, so that together they see what is steep anywhere on the way.
+    nodes = (np.arange(NODES) + (np.arange(1, many + 1)[:, None] * GOLDEN) % 1) / NODES if many > 1 else MIDDLES[None]
+    along = tf.constant(nodes, tf.float32)
 
     @tf.function(autograph=False, reduce_retracing=True)
-    def slopes(points: Any, which: Any) -> Any:
+    def shares(own: Any, others: Any, which: Any) -> Any:
+        count = tf.shape(which)[0]
+        gaps = {n: v[:, None] - others[n][None] for n, v in own.items()}
+
+        def between(n: str) -> Any:
+            at = tf.reshape(along, [1, *nodes.shape, *(1,) * (len(own[n].shape) - 1)])
+            return tf.reshape(others[n][None, :, None] + gaps[n][:, :, None] * at, [-1, *own[n].shape[1:]])
+
+        points = {n: between(n) for n in own}
         with tf.GradientTape() as tape:
             tape.watch(points)
-            said = tf.reduce_sum(tf.gather(tf.cast(model(fed(points), training=False), tf.float32), which, batch_dims=1))
+            answers = tf.cast(model(fed(points), training=False), tf.float32)
+            said = tf.reduce_sum(tf.gather(answers, tf.repeat(which, nodes.size), batch_dims=1))
         found: Any = tape.gradient(said, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return {n: tf.convert_to_tensor(g) for n, g in found.items()}
+        out = {}
+        for n, slope in found.items():
+            shaped = tf.reshape(tf.convert_to_tensor(slope), [count, *nodes.shape, *own[n].shape[1:]])
+            out[n] = tf.reduce_mean(tf.reduce_mean(shaped, axis=2) * gaps[n], axis=1)
+        return out
 
-    total = {n: np.zeros(v.shape, np.float64) for n, v in rows.items()}
-    at_once = max(1, AT_ONCE // (many * NODES))
-    for first in range(0, count, at_once):
-        some = slice(first, min(count, first + at_once))
-        number = some.stop - some.start
-        gaps = {n: rows[n][some][:, None] - background[n][None] for n in names}
-        points = {
-            n: (background[n][None, :, None] + gaps[n][:, :, None] * nodes.reshape(-1, *(1,) * (rows[n].ndim - 1)))
-            .reshape(-1, *rows[n].shape[1:]).astype(np.float32)
-            for n in names
-        }  # fmt: skip
-        found = slopes({n: tf.constant(p) for n, p in points.items()}, tf.constant(np.repeat(outputs[some], many * NODES)))
-        for n in names:
-            shaped = found[n].numpy().reshape(number, many, NODES, *rows[n].shape[1:])
-            along = np.tensordot(shaped, weights, axes=([2], [0]))
-            total[n][some] = (along * gaps[n]).mean(axis=1)
-    return total
+    at_once = max(1, AT_ONCE // nodes.size)
+    held = {n: tf.constant(v) for n, v in background.items()}
+    made = []
+    for first in range(0, len(outputs), at_once):
+        some = slice(first, first + at_once)
+        made.append(shares({n: tf.constant(v[some]) for n, v in rows.items()}, held, tf.constant(outputs[some])))
+    return {n: np.concatenate([m[n].numpy() for m in made]) for n in rows}
 
 
 def explained(engine: Engine, columns: Columns, rows: Inputs, outputs: np.ndarray, mean: dict[str, Any]) -> list[dict[str, Any]]:
@@ -429,4 +431,3 @@ def surrogate(engine: Engine, sources: Sources, rows: Inputs, depth: int, who: l
     classes = [str(engine.schema.classes[c]) for c in tree.classes_] if engine.schema.classes else None
     text = export_text(tree, feature_names=names, class_names=classes, max_depth=depth)
     return {"depth": depth, "fidelity": fidelity, "measured_by": "agreement" if classes else "r2", "tree": text}
-

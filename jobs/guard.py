@@ -2,8 +2,8 @@
 
 `reference.json` holds histograms of the features (from the profile) and of the model's answers, and the mean row that
 explanations start from. `guard.npz` holds two judges of familiarity, fitted on training rows as the model reads them: an
-isolation forest (Liu, Ting and Zhou, 2008) and an autoencoder, whose error a row that is unlike them makes large. Both are arrays
-of numbers, since a bundle holds no code.
+isolation forest (Liu, Ting and Zhou, 2008) and an autoencoder, whose error a row that is unlike them makes large; beside them
+counts the number that is farthest from its mean. All are arrays, since a bundle holds no code.
 """
 
 import io
@@ -157,7 +157,6 @@ class Counts:
                 values = outputs.max(axis=1) if d.name == "confidence" else outputs[:, 0]
                 self.answers[d.name] += np.bincount(_bins(values, d.low, d.high), minlength=d.size)
 
-
     def merge(self, other: "Counts") -> "Counts":
         """Of both; counts of another reference take this one's place."""
         if other.known is not self.known and other.known != self.known:
@@ -255,19 +254,21 @@ class Guard:
             arrays |= {f"w{i}": w.astype(np.float32), f"b{i}": b.astype(np.float32)}
         arrays["layers"] = np.array(len(coder.coefs_))
         made = cls(arrays)
-        both = made._both(_seen(_flat(held), arrays))
-        arrays["middle"], arrays["spread"] = np.median(both, axis=0), np.maximum(both.std(axis=0), 1e-9)
-        scores = ((both - arrays["middle"]) / arrays["spread"]).max(axis=1)
+        each = made._each(_flat(held))
+        arrays["middle"], arrays["spread"] = np.median(each, axis=0), np.maximum(each.std(axis=0), 1e-9)
+        scores = ((each - arrays["middle"]) / arrays["spread"]).max(axis=1)
         arrays["limit"] = np.array(max(float(np.quantile(scores, HELD)), 1e-3))
         return made
 
     def scores(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """`[rows]`, in units of the limit."""
-        both = self._both(_seen(_flat(inputs), self.a))
-        return ((both - self.a["middle"]) / self.a["spread"]).max(axis=1) / self.a["limit"]
+        each = self._each(_flat(inputs))
+        return ((each - self.a["middle"]) / self.a["spread"]).max(axis=1) / self.a["limit"]
 
-    def _both(self, seen: np.ndarray) -> np.ndarray:
-        """`[rows, 2]`: of the forest, of the autoencoder; larger is stranger."""
+    def _each(self, flat: np.ndarray) -> np.ndarray:
+        """`[rows, 3]`: of the forest, of the autoencoder, and of the farthest number; larger is stranger."""
+        seen = _seen(flat, self.a)
+        farthest = np.abs((flat - self.a["mean"]) / self.a["scale"]).max(axis=1)
         at = np.zeros((len(seen), TREES), np.int64)
         trees = np.arange(TREES)
         feature, edge, left, right = (self.a[n] for n in ("feature", "edge", "left", "right"))
@@ -281,7 +282,8 @@ class Guard:
         for i, (w, b) in enumerate(self.layers):
             hidden = hidden @ w + b
             hidden = np.tanh(hidden) if i < len(self.layers) - 1 else hidden
-        return np.stack([isolated, np.log(np.square(hidden - seen).mean(axis=1) + 1e-6)], axis=1)
+        error = np.log(np.square(hidden - seen).mean(axis=1) + 1e-6)
+        return np.stack([isolated, error, np.log1p(farthest)], axis=1)
 
     def dump(self) -> bytes:
         out = io.BytesIO()
