@@ -115,6 +115,65 @@ def export(
 
 
 @app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="NAME@VERSION of the registry, or the folder of a bundle.")],
+    second: Annotated[str, typer.Argument(help="The other one.")],
+    folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {project.FILE}.")] = Path(),
+    run: RunFolder = None,
+) -> None:
+    """Tell whether one model is really better than another, on the run's test rows, by paired tests.
+
+    Example:  heliograph compare digits@1 digits@2 --project examples/digits
+    """
+    loaded = project.load(folder)
+    from ..jobs.compare import compare as compare_models
+    from ..jobs.compare import lines
+    from ..jobs.display import Display, plain_table, silenced
+    from ..jobs.run import key_store, registry
+    from ..jobs.transfer import find
+    from ..serve.access import require_role
+
+    held = run_folder(folder, run)
+    keys = key_store(loaded, folder.resolve(), held)
+    require_role(keys, project.Verb.READ, loaded.name)
+    require_prepared(held, folder)
+    models = registry(loaded, folder.resolve())
+    places = (find(first, Path.cwd(), keys, models, "compare"), find(second, Path.cwd(), keys, models, "compare"))
+    with silenced():
+        found = compare_models(places, held / "prepare", keys if loaded.data.encrypt else None, keys)
+    head = ("figure", first, second, "difference (95 %)", "better")
+    Display().console.print(plain_table(head, lines(found)))
+    typer.echo(f"{found['rows']:,} test rows; {found['test']}: {found['verdict']}")
+
+
+@app.command()
+def suspects(folder: ProjectFolder, run: RunFolder = None) -> None:
+    """Name training rows whose label is probably wrong, by confident learning; needs a run that prepared its data.
+
+    Example:  heliograph suspects examples/digits
+    """
+    loaded = project.load(folder)
+    from ..jobs.display import Display
+    from ..jobs.run import key_store
+    from ..jobs.suspects import suspects as look
+    from ..serve.access import require_role
+
+    held = run_folder(folder, run)
+    keys = key_store(loaded, folder.resolve(), held)
+    require_role(keys, project.Verb.READ, loaded.name)
+    require_prepared(held, folder)
+    display = Display()
+    with display.open(), display.stage("suspects"):
+        said = look(held / "prepare", keys if loaded.data.encrypt else None, held, display.update)
+    typer.echo(said)
+
+
+def require_prepared(held: Path, folder: Path) -> None:
+    if not (held / "prepare" / "manifest.json").exists():
+        raise RunError(f"{held}: has no prepared rows yet: run `heliograph run {folder}` first")
+
+
+@app.command()
 def tune(folder: ProjectFolder, run: RunFolder = None) -> None:
     """Search the keys that the project's `tune.space` names: Bayesian by default, each trial a training.
 

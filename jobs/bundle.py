@@ -3,8 +3,11 @@
     bundle.json      name, format, where it came from, and what it had to reach and did not
     schema.json      what a request must look like
     preprocess.json  the fitted preprocessing
+    README.md        the model card
     metrics.json     of the test split
     validation.json  what it had to reach, and what was measured
+    reference.json, guard.npz   what training rows are like, without one of them (`guard`)
+    explain.json     where the project has `explain`
     model.keras      weights and architecture
     model.onnx       … as ONNX Runtime runs it
     model.tflite     … as LiteRT runs it, where the model converts

@@ -6,7 +6,10 @@ from typing import Any
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..project import Project
 from ..recipes import FIGURES
+from . import trust_report
+from .drawing import INK, page, svg, table
 from .engine import TABLE
+from .explain import EXPLAINED
 from .run import ATTACK
 from .stages import Run
 from .validate import VERDICT
@@ -24,6 +27,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "validation": read_json(run["validate"] / VERDICT),
         "attack": read_json(run["attack"] / ATTACK) if project.evaluate.attack else None,
         "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) <= 1},
+        "explain": read_json(run["explain"] / EXPLAINED) if project.explain else None,
         "compress": read_json(run["compress"] / TABLE) if project.compress else None,
         "request": read_json(asked) if (asked := run["predict"] / "request.json").exists() else None,
         "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
@@ -131,7 +135,7 @@ def _compression(note: dict[str, Any]) -> str:
     }
     size = {"field": "milliseconds", "type": "quantitative", "title": "ms a row"}
     points = {"mark": {"type": "circle", "color": "#4c86c6", "opacity": 0.7}, "encoding": {**place, "size": size}}
-    names = {"mark": {"type": "text", "dy": -12, "color": _INK}, "encoding": {**place, "text": {"field": "form"}}}
+    names = {"mark": {"type": "text", "dy": -12, "color": INK}, "encoding": {**place, "text": {"field": "form"}}}
     drawn = svg({"layer": [points, names], "data": {"values": values}, "width": 560, "height": 260})
     required = ", ".join(f"{name} {limit}" for name, limit in note["require"].items())
     return (
@@ -168,6 +172,9 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
     for name, found in test.get("tasks", {"": test}).items():
         parts.append(_of_target(name, found))
+    parts.append(trust_report.gates(report["validation"], report["attack"]))
+    if report["explain"]:
+        parts.append(trust_report.explanation(report["explain"]))
     if report["compress"]:
         parts.append(_compression(report["compress"]))
     parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
@@ -202,12 +209,7 @@ def _of_target(name: str, test: dict[str, Any]) -> str:
             for c in test["classes"]
         ]
         parts.append(table(("class", "precision", "recall", "F1", "ROC-AUC", "rows"), rows))
-    return "".join(parts)
-
-
-def table(head: tuple[str, ...], rows: list[Any]) -> str:
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>{body}</table>"
+    return "".join(parts) + trust_report.evaluation(test)
 
 
 MOST_COLUMNS = 24
@@ -314,51 +316,9 @@ def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
     }
     layers = [
         {"mark": "rect", "encoding": {**axes, "color": colour}},
-        {"mark": {"type": "text", "color": _INK}, "encoding": {**axes, **text}},
+        {"mark": {"type": "text", "color": INK}, "encoding": {**axes, **text}},
     ]
     size = max(200, 30 * len(classes))
     return svg(
         {"layer": layers, "data": {"values": values}, "width": size, "height": size, "title": "Confusion: rows of each truth"}
     )
-
-
-_INK = "#010203"
-"""Drawn by Vega as a colour that nothing else has, and then replaced by the page's own text colour, light or dark."""
-
-
-def svg(spec: dict[str, Any]) -> str:
-    import vl_convert
-
-    ink = {"labelColor": _INK, "titleColor": _INK}
-    config = {
-        "background": None,
-        "font": "system-ui, sans-serif",
-        "view": {"stroke": None},
-        "axis": {**ink, "gridOpacity": 0.25, "domainColor": "#888", "tickColor": "#888"},
-        "legend": ink,
-        "header": ink,
-        "title": {"color": _INK},
-    }
-    drawn = vl_convert.vegalite_to_svg({**spec, "config": config})
-    return f"<figure>{drawn.replace(_INK, 'currentColor')}</figure>"
-
-
-def page(title: str, body: str) -> str:
-    """A whole document."""
-    return _HTML.format(title=html.escape(title), body=body)
-
-
-_HTML = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
-.lead {{ font-size: 1.15rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8883 }}
-td {{ font-variant-numeric: tabular-nums }}
-figure {{ margin: 1rem 0; overflow-x: auto }}
-svg {{ max-width: 100%; height: auto; overflow: visible }}
-</style>
-<body>{body}</body></html>
-"""

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +29,10 @@ from ..trust import Attack, Explain
 from . import demand, transfer
 from .archive import SEALED_RUN
 from .bundle import make
+from .card import CARD, card
 from .display import Display
 from .engine import COMPRESSED, FILES, TABLE
-from .evaluate import Sources, evaluate
+from .evaluate import METRICS, Sources, evaluate
 from .explain import EXPLAINED, explain
 from .fuse import Members, fuse, places_of, require_alike
 from .guard import GUARD, REFERENCE
@@ -234,15 +236,6 @@ def execute(project: Project, base: Path, run: Run) -> int:
         small = next(run["compress"].glob(f"*/{COMPRESSED}.*"), None) if project.compress else None
         validate(sources, project.evaluate, run["evaluate"], beside, small and small.parent, folder, update)
 
-    def do_bundle(folder: Path) -> None:
-        parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / "metrics.json"]
-        parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
-        parts += [run["validate"] / name for name in (VERDICT, REFERENCE, GUARD)]
-        parts += [run["explain"] / EXPLAINED] if project.explain else []
-        parts += [run["compress"] / TABLE, *run["compress"].glob(f"*/{COMPRESSED}.*")] if project.compress else []
-        lineage = _lineage(project, base, run, fused)
-        make(folder, project.name, lineage, parts, keys, read_json(run["validate"] / VERDICT)["failed"])
-
     trained_by = {"train": project.train.model_dump(), "model": project.model.model_dump(), "code": code_of(base)}
     if fused:
         trained_by = {"members": fused.digest, "by": fused.settings.by, "encrypt": project.train.encrypt}
@@ -272,9 +265,9 @@ def execute(project: Project, base: Path, run: Run) -> int:
         ),
         Stage(
             "bundle",
-            ("prepare", "train", "evaluate", *(s.name for s in (*explained, *smaller)), "validate"),
+            ("prepare", "train", "evaluate", *(s.name for s in (*explained, *attacked, *smaller)), "validate"),
             {"name": project.name},
-            do_bundle,
+            lambda folder: _bundle(project, base, run, fused, keys, folder),
         ),
     ):
         run.execute(stage)
@@ -284,6 +277,29 @@ def execute(project: Project, base: Path, run: Run) -> int:
     if version not in known:
         Audit(keys).write("publish", f"{project.name}@{version}")
     return version
+
+
+def _bundle(project: Project, base: Path, run: Run, fused: Members | None, keys: KeyStore, folder: Path) -> None:
+    parts = [run["prepare"] / "schema.json", run["prepare"] / "preprocess.json", run["evaluate"] / METRICS]
+    parts += [file for name in dict.fromkeys(FILES.values()) if (file := run["train"] / name).is_file()]
+    parts += [run["validate"] / name for name in (VERDICT, REFERENCE, GUARD)]
+    parts += [run["explain"] / EXPLAINED] if project.explain else []
+    parts += [run["compress"] / TABLE, *run["compress"].glob(f"*/{COMPRESSED}.*")] if project.compress else []
+    lineage = _lineage(project, base, run, fused)
+    more = {name: read_json(file) for name, file in _told(run, project).items()}
+    verdict = read_json(run["validate"] / VERDICT)
+    test = read_json(run["evaluate"] / METRICS)
+    text = card(project.name, Schema.read(run["prepare"]), lineage, test, verdict, more)
+    with tempfile.TemporaryDirectory(prefix="heliograph-") as temp:
+        (Path(temp) / CARD).write_text(text)
+        make(folder, project.name, lineage, [*parts, Path(temp) / CARD], keys, verdict["failed"])
+
+
+def _told(run: Run, project: Project) -> dict[str, Path]:
+    """What stages said that not every run has, by name."""
+    found = {"train": run["train"] / "result.json"}
+    found |= {"attack": run["attack"] / ATTACK} if project.evaluate.attack else {}
+    return found | ({"explain": run["explain"] / EXPLAINED} if project.explain else {})
 
 
 def _lineage(project: Project, base: Path, run: Run, fused: Members | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import numpy as np
 
 from ..cluster.storage import write_bytes
 from .choice import Choice, figure
+from .drawing import page, svg, table
 from .record import FAILED, STOPPED, Trial
-from .report import page, svg, table
 from .search import Space, surrogate
 
 MOST = 400

@@ -15,7 +15,7 @@ from ..datasets.schema import Columns, Schema, to_instances, to_numpy
 from ..datasets.shards import TARGET, Manifest
 from ..jobs.display import silenced
 from ..jobs.engine import Engine
-from ..jobs.registry import PRODUCTION, Registry, State
+from ..jobs.registry import PRODUCTION, Registry
 from ..jobs.run import key_store
 from ..jobs.stages import Run, Stage
 from ..project import Project
@@ -30,8 +30,8 @@ def execute(project: Project, base: Path, run: Run) -> None:
 
     def work(folder: Path) -> None:
         models = Registry(folder / "registry")  # of this bundle alone, whatever the project's holds
-        models.add(project.name, run["bundle"])
-        models.replace(project.name, State(), State().moved(PRODUCTION, 1))  # also where it failed what it had to reach
+        version, seen = models.add(project.name, run["bundle"]), models.state(project.name)
+        models.replace(project.name, seen, seen.moved(PRODUCTION, version))  # also where it failed what it had to reach
         # Among the processes of this run alone, so nobody needs a token or a certificate.
         alone = {"host": LOOPBACK, "tls": False, "access": "open", "jwt": None, "encrypted": "accepted"}
         endpoint = Endpoint(project.name, models, keys, project.serve.model_copy(update=alone))

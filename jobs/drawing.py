@@ -1,0 +1,51 @@
+"""What reports are drawn with: tables, Vega-Lite charts as SVG, and the page around them; light and dark, without a network."""
+
+import html
+from typing import Any
+
+BLUE, ORANGE = "#4c86c6", "#d9822b"
+INK = "#010203"
+"""Drawn by Vega as a colour that nothing else has, and then replaced by the page's own text colour, light or dark."""
+
+
+def table(head: tuple[str, ...], rows: list[Any]) -> str:
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>{body}</table>"
+
+
+def svg(spec: dict[str, Any]) -> str:
+    import vl_convert
+
+    ink = {"labelColor": INK, "titleColor": INK}
+    config = {
+        "background": None,
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "axis": {**ink, "gridOpacity": 0.25, "domainColor": "#888", "tickColor": "#888"},
+        "legend": ink,
+        "header": ink,
+        "title": {"color": INK},
+    }
+    drawn = vl_convert.vegalite_to_svg({**spec, "config": config})
+    return f"<figure>{drawn.replace(INK, 'currentColor')}</figure>"
+
+
+def page(title: str, body: str) -> str:
+    """A whole document."""
+    return _HTML.format(title=html.escape(title), body=body)
+
+
+_HTML = """<!doctype html>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
+.lead {{ font-size: 1.15rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8883 }}
+td {{ font-variant-numeric: tabular-nums }}
+figure {{ margin: 1rem 0; overflow-x: auto }}
+svg {{ max-width: 100%; height: auto; overflow: visible }}
+</style>
+<body>{body}</body></html>
+"""
