@@ -24,7 +24,7 @@ FOLDS = 5
 MOST_ROWS = 20_000
 """That are looked at: a random part where there are more."""
 MOST_SHOWN = 64
-"""Numbers of a row that are written beside it."""
+"""Numbers of a row that are written beside it, where the data are not encrypted."""
 SUSPECTS = "suspects.jsonl"
 
 
@@ -58,8 +58,9 @@ def suspects(prepared: Path, keys: KeyStore | None, folder: Path, update: Callab
             line: dict[str, Any] = {
                 "place": int(row), "label": schema.classes[target[row]], "suggested": schema.classes[suggested],
                 "probability_of_label": round(float(of[row][target[row]]), 4), "probability": round(float(of[row][suggested]), 4),
-                "inputs": np.round(rows[row][:MOST_SHOWN], 4).tolist(),
             }  # fmt: skip
+            if keys is None:  # what is encrypted is not written in clear
+                line["inputs"] = np.round(rows[row][:MOST_SHOWN], 4).tolist()
             file.write(json.dumps(line) + "\n")
     share = len(doubtful) / max(1, len(labelled))
     return f"{len(doubtful):,} of {len(labelled):,} labels ({share:.1%}) are doubtful: {folder / SUSPECTS}"

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,9 +35,10 @@ TABLE = Schema(
 
 
 def write_bundle(
-    folder: Path, keys: KeyStore, name: str, schema: Schema, weights: list[list[float]], sealed: bool = False
-) -> Path:
-    """A signed bundle whose model is `inputs @ weights`, NaN as 0."""
+    folder: Path, keys: KeyStore, name: str, schema: Schema, weights: list[list[float]], sealed: bool = False,
+    failed: tuple[str, ...] = (), guard: bytes = b"",
+) -> Path:  # fmt: skip
+    """A signed bundle whose model is `inputs @ weights`, NaN as 0. failed: what it had to reach. guard: its `guard.npz`."""
     parts = folder.with_name(f"{folder.name}-parts")
     parts.mkdir(parents=True)
     (parts / "schema.json").write_text(schema.model_dump_json())
@@ -44,6 +46,8 @@ def write_bundle(
     made = Preprocessing(inputs={given: tuple(f.name for f in schema.features)})
     (parts / "preprocess.json").write_text(made.model_dump_json())
     (parts / "metrics.json").write_text("{}")
+    if guard:
+        (parts / "guard.npz").write_bytes(guard)
     matrix = np.array(weights, np.float32)
     zero = np.zeros(1, np.float32)
     nodes = [
@@ -65,7 +69,7 @@ def write_bundle(
             out.write((parts / "model.onnx").read_bytes())
         files = [*(f for f in files if f.name != "model.onnx"), trained / "model.onnx"]
     folder.mkdir()
-    bundle.make(folder, name, {}, files, keys)
+    bundle.make(folder, name, {}, files, keys, failed)
     return folder
 
 
@@ -86,9 +90,9 @@ class Room:
     async def _total(self) -> Stats:
         return self.stats
 
-    def add(self, name: str, schema: Schema, weights: list[list[float]], sealed: bool = False) -> int:
+    def add(self, name: str, schema: Schema, weights: list[list[float]], sealed: bool = False, **how: Any) -> int:
         self.count += 1
-        made = write_bundle(self.folder / f"bundle-{self.count}", self.keys, name, schema, weights, sealed)
+        made = write_bundle(self.folder / f"bundle-{self.count}", self.keys, name, schema, weights, sealed, **how)
         return self.registry.add(name, made)
 
     def follow(self) -> None:

@@ -317,6 +317,24 @@ def test_who_may_deploy_is_asked_to_the_token_and_what_he_did_is_written_down(ro
     assert done == [("pets@1", "deploy", 20.0), ("pets@1", "promote", 100.0)]
 
 
+def test_a_version_that_failed_its_gates_is_deployed_by_force_and_that_is_written_down(room, tokens):
+    room.add("pets", TENSOR, [[2, 0], [0, 2]], failed=("accuracy is 0.5, >= 0.9 is required",))
+    room.follow()
+    of = {verb: tokens.add(verb, ["pets"], [verb], None, None) for verb in (Verb.DEPLOY, Verb.PROMOTE)}
+    version = max(room.registry.versions("pets"))
+
+    def deploy(verb: Verb, **wanted) -> int:
+        return ask(room, of[verb], f"{PETS}:deploy", json.dumps({"version": version, **wanted}).encode())
+
+    assert deploy(Verb.DEPLOY, percent=20) == 409
+    assert deploy(Verb.PROMOTE, percent=100) == 409
+    assert deploy(Verb.DEPLOY, percent=20, force=True) == 403
+    assert deploy(Verb.PROMOTE, percent=100, force=True) == 200
+    assert room.registry.resolve("pets") == version
+    lines = [json.loads(line) for line in Audit(room.keys).file.read_text().splitlines()]
+    assert [line["forced"] for line in lines if line["what"] == "deploy"] == ["accuracy is 0.5, >= 0.9 is required"]
+
+
 def test_an_endpoint_that_is_open_takes_no_deployment(tmp_path):
     room = Room(tmp_path)
     room.add("pets", TENSOR, [[1, 0], [0, 1]])

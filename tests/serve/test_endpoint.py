@@ -63,6 +63,37 @@ def test_sealed_and_plain_answers_equal_the_local_model(url, endpoint, images):
             assert np.abs(np.asarray(client.predict([{"image": images[0]}])) - own[:1]).max() <= 1e-5
 
 
+def test_an_answer_is_explained_sealed_and_plain_and_adds_up(url, endpoint, images):
+    for encrypt in (True, False):
+        with Client(url, "digits", encrypt=encrypt, trust=endpoint.keys.public_key()) as client:
+            first, second = client.explain(images[:2])
+            assert first["output"] == int(np.argmax(client.predict(images[:1])[0]))
+            added = np.asarray(first["features"]["image"])
+            assert added.shape == (8, 8)
+            assert first["base"] + added.sum() == pytest.approx(first["value"], abs=1e-4)
+            assert second["features"] != first["features"]
+            with pytest.raises(RequestError, match="16 at most are explained at once"):
+                client.explain(np.repeat(images, 4, axis=0))
+
+
+def test_requests_that_moved_away_from_training_are_told_and_counted(url, endpoint):
+    from sklearn import datasets
+
+    every = datasets.load_digits().images[:400]
+    with Client(url, "digits", trust=endpoint.keys.public_key()) as client:
+        client.predict(every)
+        time.sleep(1)
+        assert not next(f for f in client.drift() if f["name"] == "image")["moved"]
+        for _ in range(4):
+            client.predict(16 - every)  # inverted
+        time.sleep(1)
+        found = {f["name"]: f for f in client.drift()}
+    assert found["image"]["moved"]
+    assert found["image"]["rows"] >= 2000
+    page = httpx.get(f"{url}/metrics").text
+    assert re.search(r'heliograph_drift_psi\{feature="image",model="digits",version="1"\} [1-9]', page)
+
+
 def test_the_paths_of_tensorflow_serving_answer(url):
     status = httpx.get(f"{url}/v1/models/digits").json()
     assert status["model_version_status"][0]["state"] == "AVAILABLE"

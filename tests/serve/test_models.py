@@ -5,9 +5,11 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 from heliograph.cluster.sealed import FORMAT, KEY_FILE, SEALED_KEY, rewrap_all
 from heliograph.errors import KeyStoreError, RegistryError, SealError
+from heliograph.jobs.guard import Guard
 from heliograph.jobs.registry import PRODUCTION, Rollout, State, parse
 from heliograph.serve.metrics import SECONDS, Stats, quantile
 from heliograph.serve.rollout import Share, begin, judge, share
@@ -187,3 +189,41 @@ def test_a_sealed_model_answers_before_and_after_its_key_is_rotated_and_a_lost_k
     (room.keys.folder / "sealed-2.key").unlink()
     with pytest.raises(KeyStoreError, match=r"sealed-2\.key: no such key"):
         again.models.open(("birds", 1))
+
+
+def test_the_newest_that_reached_what_it_had_to_answers_and_no_other_is_promoted(room):
+    room.add("pets", TENSOR, TWO, failed=("accuracy is 0.5, >= 0.9 is required",))
+    room.follow()
+    assert version_of(room)[0] == "1"
+    for percent in (10, 100):
+        with pytest.raises(RegistryError, match=r"pets@2 is not put into production: accuracy is 0.5.*--force"):
+            begin(room.registry, "pets", 2, percent, 0, 1)
+    begin(room.registry, "pets", 2, 100, 0, 1, force=True)
+    room.follow()
+    assert version_of(room)[0] == "2"
+
+
+@pytest.mark.parametrize("guard", ["report", "refuse"])
+def test_rows_unlike_the_training_rows_are_told_or_refused(tmp_path, guard):
+    rows = np.random.default_rng(0).normal(size=(400, 2)).astype("f4")
+    room = Room(tmp_path, guard=guard)
+    room.add("pets", TENSOR, ONE, guard=Guard.fit({"x": rows[:300]}, {"x": rows[300:]}).dump())
+    room.follow()
+    assert version_of(room)[1] == [1.0, 1.0]
+    answer = room.ask("POST", "/v1/models/pets:predict", b'{"instances": [[0, 0], [40, 0], [0.1, 0.2]]}')
+    if guard == "refuse":
+        assert answer.status == 422
+        assert b"unlike what this model has learnt from: rows 1" in answer.body
+    else:
+        assert (answer.status, answer.headers["unfamiliar-rows"]) == (200, "1")
+        assert json.loads(answer.body)["predictions"] == [[0.0, 0.0], [40.0, 0.0], [pytest.approx(0.1), pytest.approx(0.2)]]
+    assert room.stats.unfamiliar == {("pets", "1"): 1}
+    assert b'heliograph_unfamiliar_rows_total{model="pets",version="1"} 1.0' in room.stats.page()
+
+
+def test_what_is_too_old_to_be_explained_says_so(room):
+    room.follow()
+    answer = room.ask("POST", "/v1/models/pets:explain", b'{"instances": [[1, 1]]}')
+    assert answer.status == 501
+    assert b"cannot be explained" in answer.body
+    assert json.loads(room.ask("GET", "/v1/models/pets/drift").body) == {"features": []}
