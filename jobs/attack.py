@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 
 from ..cluster.keys import KeyStore
-from ..datasets.ingest import Part
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Schema, as_fed
-from ..datasets.shards import TARGET, Manifest
 from ..errors import BundleError, DataError
 from ..project import FILE
 from ..settings import hint
 from ..trust import Attack
 from .engine import keras_model
 from .evaluate import Sources, test_rows
+from .export import sample
 from .steps import claim, fed
 
 TINY = 1e-30
@@ -53,19 +52,8 @@ class Box:
         known = {f.name: f.kind for f in schema.features}
         if wrong := next((name for name in fixed if name not in known), None):
             raise DataError(f"{FILE}: {where}.fixed: no feature is called `{wrong}`: {hint(wrong, list(known))}")
-        part = Part(prepared, Manifest.read(prepared), "train", keys, 0, 1, 1, None)
-        found: dict[str, list[np.ndarray]] = {name: [] for name in schema.inputs}
-        rows = 0
-        for window in range(part.windows):
-            columns = part.read_window(window, 1)
-            for name, pieces in found.items():
-                pieces.append(as_fed(columns[name]))
-            rows += len(columns[TARGET])
-            if rows >= MOST_ROWS:
-                break
         low, high, span = {}, {}, {}
-        for name, pieces in found.items():
-            values = np.concatenate(pieces)
+        for name, values in sample(prepared, keys, "train", MOST_ROWS)[0].items():
             low[name], high[name] = values.min(axis=0), values.max(axis=0)
             one = len(made.inputs[name]) == 1 and values.ndim > 1
             if one and known.get(made.inputs[name][0]) in ("tensor", "image"):

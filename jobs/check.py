@@ -25,8 +25,10 @@ def check(project: Project, base: Path) -> list[str]:
     from .engine import keras_model
     from .fuse import places_of
     from .model import build, check_shapes, compile_parts
+    from .private import require_private
     from .run import key_store, registry
     from .transfer import find
+    from .validate import require_fits
 
     own, keys, models = project.model, key_store(project, base, base / "runs" / "default"), registry(project, base)
     if own.fuse:
@@ -38,8 +40,11 @@ def check(project: Project, base: Path) -> list[str]:
             own = own.started_from(find(own.start.model, base, keys, models))
         model = build(own, schema, base)
         _check_recipes(project, model)
+        if project.train.privacy:
+            require_private(model)
         described = f"{model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}{_trains(model)}"
     compile_parts(project.train, schema)
+    require_fits(project.evaluate, schema)
     return [
         f"source   {project.data.source}: {_features(schema)}",
         f"prepare  {_steps(preprocessing)}",

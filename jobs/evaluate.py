@@ -27,6 +27,7 @@ from ..project import FILE
 from ..trust import ACROSS, Costs, Evaluate
 from . import figures as states_of
 from .engine import Engine
+from .export import sample
 from .figures import MOST_KEPT, RANGE, State, figures, intervals, merged
 from .slices import MOST_VALUES, Slice, comparable, parsed, worst
 
@@ -207,15 +208,9 @@ def _beside(sources: Sources, settings: Evaluate, schema: Schema, found: Found) 
     out: dict[str, Any] = {}
 
     def some(split: SplitName, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        part, taken, count = Part(sources.prepared, manifest, split, sources.keys, 0, 1, 1, None), [], 0
-        for targets, answers in _of_windows(engine, part):
-            taken.append((targets, answers))
-            count += len(targets)
-            if count >= rows:
-                break
-        every = [np.concatenate(values)[:rows] for values in zip(*taken, strict=True)]
-        has = (every[0] >= 0) if schema.classes else np.isfinite(every[0])
-        return every[0][has], every[1][has]
+        inputs, targets = sample(sources.prepared, sources.keys, split, rows)
+        has = targets >= 0 if schema.classes else np.isfinite(targets)
+        return targets[has], engine.forward(inputs)[has]
 
     def losses_of(targets: np.ndarray, answers: np.ndarray) -> np.ndarray:
         if schema.classes:
@@ -224,7 +219,8 @@ def _beside(sources: Sources, settings: Evaluate, schema: Schema, found: Found) 
 
     if not schema.tasks:
         inside, outside = losses_of(*some("train", MOST_MEMBERS)), losses_of(target[:MOST_MEMBERS], outputs[:MOST_MEMBERS])
-        out["membership"] = membership(inside, outside)
+        if len(inside) and len(outside):
+            out["membership"] = membership(inside, outside)
     if settings.costs:
         chosen_by: SplitName = "validation" if manifest.rows("validation") else "train"
         out["costs"] = threshold(settings.costs, schema, some(chosen_by, MOST_KEPT), (target, outputs)) | {"chosen_by": chosen_by}

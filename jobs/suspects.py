@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..cluster.keys import KeyStore
-from ..datasets.ingest import Part
-from ..datasets.schema import Schema, as_fed
-from ..datasets.shards import TARGET, Manifest
+from ..datasets.schema import Schema
 from ..errors import DataError
+from .export import sample
 
 FOLDS = 5
 MOST_ROWS = 20_000
@@ -30,19 +29,10 @@ SUSPECTS = "suspects.jsonl"
 
 def suspects(prepared: Path, keys: KeyStore | None, folder: Path, update: Callable[..., None]) -> str:
     """Write `suspects.jsonl`, the most suspect first; what was found, for people. Raises DataError."""
-    schema, manifest = Schema.read(prepared), Manifest.read(prepared)
+    schema = Schema.read(prepared)
     if not schema.classes:
         raise DataError(f"{prepared}: labels are looked at where one target has classes, and this is a {schema.task}")
-    part = Part(prepared, manifest, "train", keys, 0, 1, 1, None)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*schema.inputs, TARGET)}
-    for window in range(part.windows):
-        columns = part.read_window(window, 1)
-        for name, pieces in found.items():
-            pieces.append(columns[name])
-        if sum(map(len, found[TARGET])) >= MOST_ROWS:
-            break
-    target = np.concatenate(found.pop(TARGET))
-    inputs = {n: as_fed(np.concatenate(pieces)) for n, pieces in found.items()}
+    inputs, target = sample(prepared, keys, "train", MOST_ROWS)
     rows = np.concatenate([inputs[n].reshape(len(target), -1) for n in schema.inputs], axis=1)
     labelled = np.flatnonzero(target >= 0)
     rare = [schema.classes[c] for c, n in enumerate(np.bincount(target[labelled], minlength=len(schema.classes))) if n < FOLDS]

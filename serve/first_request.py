@@ -30,8 +30,8 @@ def execute(project: Project, base: Path, run: Run) -> None:
 
     def work(folder: Path) -> None:
         models = Registry(folder / "registry")  # of this bundle alone, whatever the project's holds
-        version, seen = models.add(project.name, run["bundle"]), models.state(project.name)
-        models.replace(project.name, seen, seen.moved(PRODUCTION, version))  # also where it failed what it had to reach
+        version, state = models.add(project.name, run["bundle"]), models.state(project.name)
+        models.replace(project.name, state, state.moved(PRODUCTION, version))  # also where it failed what it had to reach
         # Among the processes of this run alone, so nobody needs a token or a certificate.
         alone = {"host": LOOPBACK, "tls": False, "access": "open", "jwt": None, "encrypted": "accepted"}
         endpoint = Endpoint(project.name, models, keys, project.serve.model_copy(update=alone))
