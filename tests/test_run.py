@@ -12,6 +12,9 @@ import pytest
 from .conftest import Command, iris_project
 
 
+STAGES = ("prepare", "train", "evaluate", "validate", "bundle", "predict")
+
+
 def stages(folder: Path) -> dict[str, bool]:
     """Each stage of the last run, and whether it was reused."""
     report = json.loads((folder / "runs" / "default" / "report.json").read_text())
@@ -103,11 +106,11 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, comman
         assert not (run / stage).exists()
         started.kill()
 
-    for stage in ("prepare", "train", "evaluate", "bundle", "predict"):
+    for stage in STAGES:
         kill_in(stage)
     code, output = command("run", folder).finish()
     assert code == 0, output
-    assert stages(folder) == {"prepare": True, "train": True, "evaluate": True, "bundle": True, "predict": False}
+    assert stages(folder) == {name: name != "predict" for name in STAGES}
     assert starts("prepare") == 2
     assert starts("train") == 2
     assert "going on after step" in log.read_text()
@@ -118,7 +121,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, comman
     (folder / "heliograph.yaml").write_text((folder / "heliograph.yaml").read_text().replace("epochs: 40", "epochs: 3"))
     code, output = command("run", folder).finish()
     assert code == 0, output
-    assert stages(folder) == {"prepare": True, "train": False, "evaluate": False, "bundle": False, "predict": False}
+    assert stages(folder) == {name: name == "prepare" for name in STAGES}
 
 
 @pytest.mark.parametrize(("number", "code", "stage"), [(signal.SIGINT, 130, "train"), (signal.SIGTERM, 143, "prepare")])
