@@ -74,8 +74,10 @@ def reference(engine: Engine, sources: Sources, columns: Columns) -> Reference:
     known, features = {c.name: c for c in profile.columns}, []
     rows = Manifest.read(sources.prepared).rows("train")
     for feature in engine.schema.features:
-        column = known[feature.name]
-        if column.histogram:
+        column, values = known[feature.name], columns[feature.name]
+        if isinstance(values, np.ndarray) and values.ndim > 1:  # whose histogram is of single numbers, and not of rows
+            features.append(_of_numbers(feature.name, _brightness(values)))
+        elif column.histogram:
             counts = [0, *column.histogram, 0, column.missing * sum(column.histogram) / max(1e-9, 1 - column.missing)]
             features.append(_shared(feature.name, np.array(counts), rows, low=column.edges[0], high=column.edges[-1]))
         elif column.top and column.missing < 1:
@@ -84,8 +86,6 @@ def reference(engine: Engine, sources: Sources, columns: Columns) -> Reference:
             rest = max(0.0, there - sum(counted))
             counts = np.array([*counted, rest, rows * column.missing])
             features.append(_shared(feature.name, counts, rows, values=tuple(v for v, _ in column.top)))
-        elif isinstance(columns[feature.name], np.ndarray) and columns[feature.name].ndim > 1:
-            features.append(_of_numbers(feature.name, _brightness(columns[feature.name])))
     outputs = engine.predict(columns)
     inputs, _ = sample(sources.prepared, sources.keys, "train", MOST_ROWS)
     words = engine.schema.ids

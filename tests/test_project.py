@@ -73,7 +73,7 @@ serve: {host: 0.0.0.0}
         ("name: x\n\tdata: 1\n", "heliograph.yaml:2: found character '\\t' that cannot start any token (indent with spaces"),
         (
             "- name\n",
-            "heliograph.yaml:1: should be a mapping with these keys: name, data, model, train, evaluate, explain, serve, tune, compress, keys",
+            "heliograph.yaml:1: should be a mapping with these keys: name, data, model, train, evaluate, explain, serve, tune",
         ),
         ("", "heliograph.yaml:1: should be a mapping with these keys"),
         (GOOD + "train: {workers: 9, batch_size: 64}\n", "train.workers is 9, but data.shards is 8"),

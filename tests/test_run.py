@@ -11,7 +11,6 @@ import pytest
 
 from .conftest import Command, iris_project
 
-
 STAGES = ("prepare", "train", "evaluate", "validate", "bundle", "predict")
 
 
