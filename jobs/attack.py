@@ -140,7 +140,7 @@ def hardening(settings: Any, box: Box, seed: int) -> Callable[..., dict[str, Any
     def harden(model: Any, inputs: dict[str, Any], target: Any, step: Any) -> dict[str, Any]:
         count = tf.cast(tf.math.ceil(settings.share * tf.cast(tf.shape(target)[0], tf.float32)), tf.int32)
         some = {n: v[:count] for n, v in inputs.items()}
-        at = tf.stack([tf.constant(seed), tf.cast(step, tf.int32)])
+        at = tf.stack([tf.constant(seed % 2**31), tf.cast(step, tf.int32)])
         moved = ascend(lambda x: model(fed(x), training=False), some, target[:count], box, settings.epsilon, settings.steps, at)
         return {n: tf.concat([tf.stop_gradient(moved[n]), v[count:]], 0) for n, v in inputs.items()}
 

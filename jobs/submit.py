@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -79,8 +79,8 @@ class Jobs:
                 f"{folder / FILE}: keys: `{project.keys}` stays here: name a folder that all nodes have, from / on"
             )
         with _shipped(folder) as (working, code):
-            self._client.submit_job(
-                submission_id=f"{name}.{len(earlier) + 1}",
+            self._send(
+                f"{name}.{len(earlier) + 1}",
                 entrypoint=entrypoint(".", str(storage), run, what),
                 runtime_env={
                     "working_dir": str(working),
@@ -89,6 +89,20 @@ class Jobs:
                 },
                 metadata={"run": name, "project": project.name},
             )
+
+    def _send(self, job: str, **how: Any) -> None:
+        """Submit a job once, though a head that just came back may drop a connection. Raises ClusterError."""
+        for left in reversed(range(MOST_TRIES)):
+            try:
+                self._client.submit_job(submission_id=job, **how)
+                return
+            except OSError as error:  # as `requests` has it
+                if not left:
+                    raise ClusterError(f"{self.address}: does not take the job ({_said(error)}): is the cluster up?") from None
+                time.sleep(2)
+            with suppress(ClusterError):
+                if any(known.submission_id == job for known in self.all()):  # it was taken, and its answer was lost
+                    return
 
     def follow(self, name: str, say: Callable[[str], None], again: Callable[[], None] | None = None) -> int:
         """Say what a job says, from its beginning, until it ends; its exit code.
