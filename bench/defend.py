@@ -1,6 +1,6 @@
 """What adversarial and private training buy on digits, and what they cost.
 
-    uv run python bench/defend.py [--seeds 2] [--only private]
+    uv run python bench/defend.py [--seeds 2] [--only small,private]
 
 Every network is trained by `heliograph`'s own run (one worker) on splits drawn by the seed: plain, adversarial (PGD-7, half of
 each step), and private at two budgets with a smaller network; then attacked (PGD, 20 steps, 3 restarts, 0.1 of the range) and
@@ -46,15 +46,15 @@ evaluate: {{resamples: 0{more}}}
 
 
 ATTACK = ", attack: {epsilon: 0.1, steps: 20, restarts: 3, rows: 1000}"
-PRIVATE = "batch_size: 512, ema: 0.9, optimizer: {name: adam, learning_rate: 0.008}"
+PRIVATE = "batch_size: 512, ema: 0.9, optimizer: {name: adam, learning_rate: 0.01}"
 ALL = {
     "plain": (EXAMPLE, "epochs: 20, optimizer: {learning_rate: 0.002}", 0.3, ATTACK),
     "adversarial": (EXAMPLE, "epochs: 20, optimizer: {learning_rate: 0.002}, adversarial: {epsilon: 0.1, steps: 7}", 0.3, ATTACK),
     "small": (SMALL, f"epochs: 60, {PRIVATE}", 0.15, ""),
     "private 8": (SMALL, f"epochs: 60, {PRIVATE}, privacy: {{epsilon: 8}}", 0.15, ""),
-    "private 2.3": (SMALL, f"epochs: 50, {PRIVATE}, privacy: {{epsilon: 2.3}}", 0.15, ""),
+    "private 2.3": (SMALL, f"epochs: 40, {PRIVATE}, privacy: {{epsilon: 2.3}}", 0.15, ""),
     "overfitted": (EXAMPLE, "epochs: 150, optimizer: {learning_rate: 0.002}", 0.85, ""),
-    "overfitted, private 8": (EXAMPLE, "epochs: 60, batch_size: 64, privacy: {epsilon: 8}", 0.85, ""),
+    "overfitted, private 8": (EXAMPLE, f"epochs: 60, {PRIVATE.replace('512', '128')}, privacy: {{epsilon: 8}}", 0.85, ""),
 }
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", default="")
     chosen = parser.parse_args()
-    found: dict[str, list[dict]] = {name: [] for name in ALL if chosen.only in name}
+    found: dict[str, list[dict]] = {name: [] for name in ALL if any(part in name for part in chosen.only.split(","))}
     with tempfile.TemporaryDirectory() as temp, cluster() as running:
         for seed in range(chosen.seeds):
             for name, rows in found.items():

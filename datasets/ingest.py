@@ -223,12 +223,13 @@ def blocks(part: Part, first: int, end: int, vary: Augment | None = None) -> Ite
         step += len(some)
 
 
-def drawn(part: Part, first: int, end: int, spare: int) -> Iterator[Block]:
+def drawn(part: Part, first: int, end: int, parts: int) -> Iterator[Block]:
     """Steps that are drawn by Poisson sampling: each of this worker's rows is in a step with the probability `batch_size` / rows,
     on its own, so a step may have any number of them, and none is left out. `everyone` is the expected number.
 
     The draws are the system's, not the seed's: who knew them would know what the noise of a private training hides. For the same
-    reason a block brings the seeds of the noise (`SECRET`). spare: rows of no weight that end a step, so that none is empty."""
+    reason a block brings the seeds of the noise (`SECRET`). Rows of no weight fill each step up to a whole number of `room`s, one
+    nearly always, since what computes a row's gradient is compiled for a number of rows. parts: that a step is cut into."""
     nothing = part.no_rows()
     columns = part.read_windows([(window, 1) for window in range(part.windows)]) or dict(nothing)
     target = columns.pop(TARGET)
@@ -236,9 +237,14 @@ def drawn(part: Part, first: int, end: int, spare: int) -> Iterator[Block]:
     columns = {n: np.concatenate([v, np.zeros((1, *v.shape[1:]), v.dtype)]) for n, v in columns.items()}
     target = np.append(target, target.dtype.type(0))
     share, rng = part.batch_size / part.rows, np.random.default_rng()
+    usual = share * (len(target) - 1)
+    room = -(-int(usual + 5 * usual**0.5 + 1) // (8 * parts)) * 8 * parts
     while first < end:
         count = min(BLOCK_STEPS, end - first, part.steps - first % part.steps)
-        steps = [np.append(np.flatnonzero(rng.random(len(target) - 1) < share), [len(target) - 1] * spare) for _ in range(count)]
+        steps = []
+        for _ in range(count):
+            taken = np.flatnonzero(rng.random(len(target) - 1) < share)
+            steps.append(np.append(taken, np.full(max(1, -(-len(taken) // room)) * room - len(taken), len(target) - 1)))
         rows = np.concatenate(steps)
         edges = np.cumsum([0, *map(len, steps)], dtype=np.int32)
         secret = rng.integers(-(2**31), 2**31, (len(rows), 2), np.int32)

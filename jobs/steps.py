@@ -206,7 +206,7 @@ class Steps:
             gradients = tape.gradient(total, variables, unconnected_gradients=unused)
             return [tf.convert_to_tensor(g) for g in gradients], losses, outputs
 
-        @tf.autograph.experimental.do_not_convert
+        @tf.function(jit_compile=True, autograph=False)  # XLA: a tenth of the time
         def of_each(rows: Any) -> tuple[Any, Any, Any]:
             """Like `differentiate`, but the sum of the rows' gradients, each clipped (Abadi et al., 2016)."""
             assert objective.private

@@ -194,7 +194,8 @@ class _Rank:
     def _blocks(self) -> Iterator[Block]:
         """Of the training rows, from this step on."""
         if self.objective.private:
-            return drawn(self.part, self.step, self.end, self.strategy.num_replicas_in_sync // self.ranks)
+            parts = self.strategy.num_replicas_in_sync // self.ranks * self.job.train.accumulate
+            return drawn(self.part, self.step, self.end, parts)
         return blocks(self.part, self.step, self.end, self.job.augment)
 
     def _measure(self) -> dict[str, float]:
