@@ -28,7 +28,7 @@ nodes:
 limits: {nodes: 4}
 idle_minutes: 0.02
 """
-PROJECTS = 20
+PROJECTS = 12
 DRIVER = """\
 import json, sys, time
 import ray
@@ -103,7 +103,7 @@ def test_a_plan_is_what_the_provider_launches(file):
         driver.kill()
         driver.wait()
         local.stop(described, file)
-    assert possible >= 8 and launched >= 15  # enough to mean something
+    assert possible >= 5 and launched >= 9  # enough to mean something
     print(f"{PROJECTS} projects, {possible} placed, {launched} nodes launched, all as planned")
 
 
