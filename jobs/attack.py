@@ -24,7 +24,7 @@ from ..errors import BundleError, DataError
 from ..project import FILE
 from ..settings import hint
 from ..trust import Attack
-from .engine import keras_model
+from .engine import FILES, keras_model
 from .evaluate import Sources, test_rows
 from .export import sample
 from .steps import claim, fed
@@ -227,6 +227,8 @@ def measure(sources: Sources, settings: Attack) -> dict[str, Any]:
     else:
         claim(1, threads)
         try:
+            if not (sources.trained / FILES["keras"]).is_file():
+                raise BundleError(f"there is no {FILES['keras']}")
             model = keras_model(sources.trained, sources.sealing)
         except BundleError as error:
             raise BundleError(f"{FILE}: evaluate.attack.method: `{settings.method}` needs gradients, and so a Keras model, but "

@@ -44,7 +44,7 @@ def check(project: Project, base: Path) -> list[str]:
             require_private(model)
         described = f"{model.count_params():,} parameters, {_inputs(schema)} -> {schema.outputs}{_trains(model)}"
     compile_parts(project.train, schema)
-    require_fits(project.evaluate, schema)
+    require_fits(project, schema)
     return [
         f"source   {project.data.source}: {_features(schema)}",
         f"prepare  {_steps(preprocessing)}",

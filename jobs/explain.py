@@ -15,6 +15,7 @@ Rows are divided among tasks by Ray Data where that is worth a task's start. Ran
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..datasets.schema import Columns, Schema, as_fed
 from ..errors import ProjectError
 from ..project import FILE
 from ..trust import Explain
-from .engine import Engine, Forward, keras_model
+from .engine import FILES, Engine, Forward, keras_model
 from .evaluate import Sources, test_rows
 from .export import sample
 
@@ -279,24 +280,20 @@ def _by_library(
     return by_player({name: values.reshape(-1, *shape)}, who)
 
 
-def method_of(settings: Explain, schema: Schema, trained: Path) -> str:
-    """The method that is meant. Raises ProjectError for one that cannot be had."""
-    words = bool(schema.ids)
-    chosen = settings.method
-    if chosen == "auto":
-        return "permutation" if words or not (trained / "model.keras").is_file() else "expected_gradients"
+def require_explainable(settings: Explain, schema: Schema) -> None:
+    """Raises ProjectError for a method that does not fit the data, or is not installed."""
+    where, words, chosen = f"{FILE}: explain", bool(schema.ids), settings.method
+    if schema.tasks:
+        raise ProjectError(f"{where}: a model of several targets is not explained yet: leave `explain` out")
     if chosen.endswith("gradients") and words:
-        raise ProjectError(f"{FILE}: explain.method: `{chosen}` needs numbers, and an input holds words: write `permutation`")
+        raise ProjectError(f"{where}.method: `{chosen}` needs numbers, and an input holds words: write `permutation`")
     if chosen in ("shap", "lime"):
         if len(schema.inputs) != 1 or words:
-            raise ProjectError(f"{FILE}: explain.method: `{chosen}` explains one input of numbers: write `permutation`")
+            raise ProjectError(f"{where}.method: `{chosen}` explains one input of numbers: write `permutation`")
         if chosen == "lime" and not schema.classes:
-            raise ProjectError(f"{FILE}: explain.method: `lime` explains classes here: write `permutation`")
-        try:
-            __import__(chosen)
-        except ImportError:
-            raise ProjectError(f"{FILE}: explain.method: {chosen} is not installed: `pip install heliograph[explain]`") from None
-    return chosen
+            raise ProjectError(f"{where}.method: `lime` explains classes here: write `permutation`")
+        if importlib.util.find_spec(chosen) is None:
+            raise ProjectError(f"{where}.method: {chosen} is not installed: `pip install heliograph[explain]`")
 
 
 def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[..., None]) -> None:
@@ -305,9 +302,10 @@ def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[
 
     engine = sources.engine()
     schema = engine.schema
-    if schema.tasks:
-        raise ProjectError(f"{FILE}: explain: a model of several targets is not explained yet: leave `explain` out")
-    settings = settings.model_copy(update={"method": method_of(settings, schema, sources.trained)})
+    require_explainable(settings, schema)
+    if settings.method == "auto":
+        plain = bool(schema.ids) or not (sources.trained / FILES["keras"]).is_file()
+        settings = settings.model_copy(update={"method": "permutation" if plain else "expected_gradients"})
     columns, target = test_rows(sources, settings.rows)
     outputs = engine.predict(columns)
     rows = {n: as_fed(v) for n, v in engine.preprocessing.apply(columns).items()}

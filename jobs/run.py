@@ -215,7 +215,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
     update = run.display.update
 
     run.execute(preparation(project, base, run))
-    require_fits(project.evaluate, Schema.read(run["prepare"]))
+    require_fits(project, Schema.read(run["prepare"]))
     start, model = starting(project, base, run)
     fused = fusing(project, base, run)
 

@@ -20,11 +20,12 @@ import numpy as np
 from ..cluster.storage import read_json, write_bytes, write_json
 from ..datasets.schema import Schema, as_fed
 from ..errors import BundleError, DataError
-from ..project import FILE
+from ..project import FILE, Project
 from ..trust import LIMIT, Evaluate
 from . import behaviour
 from .engine import COMPRESSED, FILES, Engine
 from .evaluate import METRICS, Sources, costs_of, test_rows
+from .explain import require_explainable
 from .export import sample
 from .guard import GUARD, MOST_ROWS, REFERENCE, Guard, reference
 from .slices import parsed
@@ -37,8 +38,11 @@ ROWS = 64
 EQUAL = 1e-6
 
 
-def require_fits(settings: Evaluate, schema: Schema) -> None:
-    """What can be known to be wrong once there is a schema. Raises DataError."""
+def require_fits(project: Project, schema: Schema) -> None:
+    """What can be known to be wrong once there is a schema. Raises DataError and ProjectError."""
+    settings = project.evaluate
+    if project.explain:
+        require_explainable(project.explain, schema)
     parsed(settings.slices, schema, "evaluate.slices")
     costs_of(settings.costs, schema)
     behaviour.require_fits(settings.behaviour, schema)

@@ -8,7 +8,8 @@ import pytest
 from heliograph import project
 from heliograph.cluster.keys import KeyStore
 from heliograph.datasets.schema import Feature, Schema
-from heliograph.errors import DataError, ProjectError, RegistryError
+from heliograph.errors import BundleError, DataError, ProjectError, RegistryError
+from heliograph.jobs.attack import measure
 from heliograph.jobs.bundle import verify
 from heliograph.jobs.compare import compare, lines, paired
 from heliograph.jobs.evaluate import Sources, evaluate, membership, threshold
@@ -17,7 +18,7 @@ from heliograph.jobs.slices import worst
 from heliograph.jobs.suspects import SUSPECTS, issues, out_of_fold, suspects
 from heliograph.jobs.validate import require_fits
 from heliograph.serve import rollout
-from heliograph.trust import Costs, Evaluate
+from heliograph.trust import Attack, Costs, Evaluate
 
 from ..conftest import executed, iris_project
 
@@ -40,6 +41,10 @@ def run(cluster, tmp_path_factory):
     with (folder / "heliograph.yaml").open("a") as file:
         file.write(JUDGED)
     return executed(folder, cluster)
+
+
+def asked(**sections) -> project.Project:
+    return project.Project.model_validate({"name": "x", "data": {"source": "x.csv"}, **sections})
 
 
 def read(run, stage: str, name: str):
@@ -158,7 +163,7 @@ def test_a_slice_that_matches_nothing_is_a_line(run, tmp_path):
 )
 def test_what_does_not_fit_the_data_is_a_line_before_anything_is_trained(run, settings, says):
     with pytest.raises(DataError, match=says) as error:
-        require_fits(Evaluate.model_validate(settings), Schema.read(run["prepare"]))
+        require_fits(asked(evaluate=settings), Schema.read(run["prepare"]))
     assert str(error.value).startswith("heliograph.yaml: evaluate.")
 
 
@@ -185,9 +190,27 @@ def test_a_mistake_in_the_project_file_is_a_line(tmp_path, text, says):
 def test_a_regression_has_no_robust_accuracy():
     schema = Schema(task="regression", target="y", features=(Feature(name="x"),))
     with pytest.raises(DataError, match="needs one target with classes"):
-        require_fits(Evaluate(attack={}), schema)
+        require_fits(asked(evaluate={"attack": {}}), schema)
     with pytest.raises(DataError, match="`accuracy` is for classes, and `y` is a number"):
-        require_fits(Evaluate(require={"accuracy": ">= 1"}), schema)
+        require_fits(asked(evaluate={"require": {"accuracy": ">= 1"}}), schema)
+
+
+def test_a_method_that_cannot_explain_the_data_is_a_line():
+    words = Schema(
+        task="classification", target="y", classes=(0, 1), features=(Feature(name="x"),), inputs={"x": (9,)}, ids=("x",)
+    )
+    for method in ("expected_gradients", "lime"):
+        with pytest.raises(ProjectError, match=f"explain.method: `{method}` .*: write `permutation`"):
+            require_fits(asked(explain={"method": method}), words)
+    require_fits(asked(explain={}), words)
+
+
+def test_an_attack_that_needs_gradients_on_a_model_without_them_is_a_line(run, tmp_path):
+    shutil.copy(run["train"] / "model.onnx", tmp_path)
+    given = Sources(run["prepare"], tmp_path, sources(run).keys, sources(run).sealing)
+    with pytest.raises(BundleError, match=r"evaluate.attack.method: `pgd` needs gradients.*write `method: random`"):
+        measure(given, Attack())
+    assert measure(given, Attack(method="random", steps=2, restarts=1, rows=10))["rows"] == 10
 
 
 def test_the_part_that_a_model_does_badly_on_is_found_and_chance_is_not():
