@@ -15,6 +15,7 @@ Rows are divided among tasks by Ray Data where that is worth a task's start. Ran
 """
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -260,20 +261,18 @@ def _by_library(
         return forward({name: values.reshape(-1, *shape).astype(np.float32)})
 
     if method == "shap":
-        import shap
-
+        shap: Any = importlib.import_module("shap")
         explainer = shap.PermutationExplainer(asked, others, seed=seed)
-        told: Any = explainer(flat, max_evals=10 * (2 * flat.shape[1] + 1), silent=True)
+        told = explainer(flat, max_evals=10 * (2 * flat.shape[1] + 1), silent=True)
         every = told.values
         values = every[np.arange(len(flat)), :, outputs] if every.ndim == 3 else every
     else:
-        from lime.lime_tabular import LimeTabularExplainer
-
-        lime = LimeTabularExplainer(others, discretize_continuous=False, random_state=seed, mode="classification")
+        made: Any = importlib.import_module("lime.lime_tabular")
+        lime = made.LimeTabularExplainer(others, discretize_continuous=False, random_state=seed, mode="classification")
         values = np.zeros(flat.shape)
         for i, row in enumerate(flat):
             label = int(outputs[i])
-            said: Any = lime.explain_instance(row, asked, labels=(label,), num_features=len(row), num_samples=1000)
+            said = lime.explain_instance(row, asked, labels=(label,), num_features=len(row), num_samples=1000)
             scaled = (row - others.mean(axis=0)) / np.maximum(others.std(axis=0), 1e-9)
             for number, weight in said.local_exp[label]:
                 values[i, number] = weight * scaled[number]
