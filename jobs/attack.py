@@ -55,17 +55,13 @@ class Box:
         low, high, span = {}, {}, {}
         for name, values in sample(prepared, keys, "train", MOST_ROWS)[0].items():
             low[name], high[name] = values.min(axis=0), values.max(axis=0)
-            one = len(made.inputs[name]) == 1 and values.ndim > 1
-            if one and known.get(made.inputs[name][0]) in ("tensor", "image"):
+            parts = made.inputs[name]
+            if len(parts) == 1 and known.get(parts[0]) in ("tensor", "image"):
                 low[name], high[name] = (np.full(values.shape[1:], v) for v in (values.min(), values.max()))
-            moves = np.ones(values.shape[1:], bool)
-            if not (one and known.get(made.inputs[name][0]) in ("tensor", "image")):
-                moves = _moves(values, made.inputs[name], known, set(fixed))
-            elif made.inputs[name][0] in fixed:
-                moves[:] = False
-            if name in schema.ids:
-                moves[:] = False
-            span[name] = np.where(moves, high[name] - low[name], 0).astype(np.float32)
+                moves = np.full(values.shape[1:], parts[0] not in fixed)
+            else:
+                moves = _moves(values, parts, known, set(fixed))
+            span[name] = np.where(moves & (name not in schema.ids), high[name] - low[name], 0).astype(np.float32)
         if not any(s.any() for s in span.values()):
             raise DataError(
                 f"{FILE}: {where}: nothing of a row can be changed by a little: its inputs are words, ones and zeros, or fixed"

@@ -11,7 +11,7 @@ that the model reads, after preprocessing (of an image, its pixels or patches of
                           al., Sampling permutations for Shapley value estimation, 2022)
     shap, lime            the libraries of these names, where they are installed
 
-Rows are divided among tasks by Ray Data where that is worth a task's start. Random orders are drawn by the row's own number.
+Rows are divided among Ray's tasks where that is worth a task's start. Random orders are drawn by the row's own number.
 """
 
 import functools
@@ -61,6 +61,9 @@ class Player:
     mask: np.ndarray
     """bool, the shape of a row of the input."""
     place: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}[{','.join(map(str, self.place))}]" if self.place else self.name
 
 
 def players(schema: Schema, preprocessing: Preprocessing, columns: Columns) -> list[Player]:
@@ -332,7 +335,7 @@ def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[
     if images:
         said["map"] = _map(local, who)
     write_json(folder / EXPLAINED, said)
-    names = [p.name if not p.place else f"{p.name}[{','.join(map(str, p.place))}]" for p in who]
+    names = [str(p) for p in who]
     table = {"prediction": pa.array([str(schema.classes[i]) for i in explained] if schema.classes else outputs[:, 0])}
     pq.write_table(pa.table(table | {n: pa.array(local[:, i]) for i, n in enumerate(names)}), folder / "local.parquet")
 
@@ -405,7 +408,7 @@ def surrogate(engine: Engine, sources: Sources, rows: Inputs, depth: int, who: l
     training rows and from such rows moved a little (0.3 deviations), all answered by the model."""
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor, export_text
 
-    names = [p.name if not p.place else f"{p.name}[{','.join(map(str, p.place))}]" for p in who]
+    names = [str(p) for p in who]
 
     def flat(inputs: Inputs) -> np.ndarray:
         return np.stack([inputs[p.input][:, p.mask].mean(axis=1) for p in who], axis=1)

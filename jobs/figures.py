@@ -14,7 +14,7 @@ the square root of its share (Bickel, Götze and van Zwet, Resampling fewer than
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,11 @@ MOST_KEPT = 1 << 16
 RANGE = 1 << 24
 """Scores that are held at a time when curves are computed."""
 SMALLEST = float(np.finfo(np.float64).eps)
-CLASSIFIED = (
+MEANT = (
     "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "log_loss", "brier", "ece", "mcc", "top_3", "top_5",
-    "precision", "recall", "f1",
+    "mae", "rmse", "r2",
 )  # fmt: skip
-"""Figures of classes that have one number; the last three are means over the classes (macro)."""
-REGRESSED = ("mae", "rmse", "r2")
+"""Figures of which several targets have a mean."""
 LOWER = ("log_loss", "brier", "ece", "mae", "rmse")
 """Of which less is better."""
 
@@ -49,16 +48,16 @@ class Classified:
     """int64 `[truth, guess]`"""
     ranks: np.ndarray
     """int64 `[classes]`: how many rows have so many classes before the true one."""
-    loss: float = 0.0
+    loss: float
     """Sum of -log of the truth's probability."""
-    brier: float = 0.0
-    bins: np.ndarray = field(default_factory=lambda: np.zeros((3, BINS)))
+    brier: float
+    bins: np.ndarray
     """Of each bin of confidence: rows, sum of confidences, rows that are right."""
-    runs: list[list[np.ndarray | Path]] = field(default_factory=list)
-    """Of each class (of two: of the second), sorted runs of `keys`; empty where areas are not wanted."""
+    runs: list[list[np.ndarray | Path]]
+    """Of each class (of two: of the second), sorted runs of `keys`."""
 
     @classmethod
-    def of(cls, target: np.ndarray, outputs: np.ndarray, areas: bool = True) -> "Classified":
+    def of(cls, target: np.ndarray, outputs: np.ndarray) -> "Classified":
         """target: class indices `[rows]`; outputs: probabilities `[rows, classes]`, float32."""
         rows, classes = outputs.shape
         at = np.arange(rows)
@@ -66,17 +65,16 @@ class Classified:
         right = guess == target
         if classes == 2:
             ranks = np.array([right.sum(), rows - right.sum()])
-        else:  # of equal ones the last is first, as scikit-learn has it
-            before = (outputs > truth[:, None]) | ((outputs == truth[:, None]) & (np.arange(classes) > target[:, None]))
-            ranks = np.bincount(before.sum(axis=1), minlength=classes)
-        place = np.minimum((confidence * np.float32(BINS)).astype(np.int64), BINS - 1)
+        else:
+            ranks = np.bincount(_before(target, outputs), minlength=classes)
+        place = _bin(confidence)
         return cls(
             np.bincount(target * classes + guess, minlength=classes * classes).reshape(classes, classes),
             ranks,
             float(losses(truth).sum()),
             float(briers(target, outputs).sum()),
             np.array([np.bincount(place, weights, BINS) for weights in (None, confidence, right)], np.float64),
-            [[np.sort(keys(outputs[:, c], target == c))] for c in _ranked(classes)] if areas else [],
+            [[np.sort(keys(outputs[:, c], target == c))] for c in _ranked(classes)],
         )
 
     def merge(self, other: "Classified") -> "Classified":
@@ -99,9 +97,9 @@ class Classified:
         found: dict[str, Any] = {"rows": rows}
         curves = [_curves(runs) for runs in self.runs]
         areas = [curve["roc_auc"] for curve in curves]
-        if len(self.confusion) == 2 and areas:
+        if len(self.confusion) == 2:
             areas = [areas[0], areas[0]]
-        found |= {name: _number(value) for name, value in of_confusion(self.confusion[None]).items()}
+        found |= {name: float(value[0]) for name, value in of_confusion(self.confusion[None]).items()}
         known = [a for a in areas if a is not None]
         found["roc_auc"] = float(np.mean(known)) if known else None
         precise = [c["average_precision"] for c in curves if c["average_precision"] is not None]
@@ -117,7 +115,7 @@ class Classified:
             {
                 "class": schema.classes[c],
                 **{name: float(values[c]) for name, values in each.items()},
-                "roc_auc": areas[c] if areas else None,
+                "roc_auc": areas[c],
                 "rows": int(support[c]),
             }
             for c in range(len(support))
@@ -131,6 +129,17 @@ class Classified:
             {"class": name, **curve["drawn"]} for name, curve in zip(names, curves, strict=False) if curve["drawn"]
         ]
         return found
+
+
+def _before(target: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """How many classes of each row `[rows]` are before the true one; of equal ones the last is first, as scikit-learn has it."""
+    truth = outputs[np.arange(len(target)), target][:, None]
+    later = np.arange(outputs.shape[1]) > target[:, None]
+    return ((outputs > truth) | ((outputs == truth) & later)).sum(axis=1)
+
+
+def _bin(confidence: np.ndarray) -> np.ndarray:
+    return np.minimum((confidence * np.float32(BINS)).astype(np.int64), BINS - 1)
 
 
 def _ranked(classes: int) -> list[int]:
@@ -282,21 +291,21 @@ class Regressed:
 State = Classified | Regressed
 
 
-def state(target: np.ndarray, outputs: np.ndarray, schema: Schema, areas: bool = True) -> State | None:
+def state(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> State | None:
     """Of one target's rows, those that have it; None where no row has."""
     has = target >= 0 if schema.classes else np.isfinite(target)
     if not has.any():
         return None
     if not has.all():
         target, outputs = target[has], outputs[has]
-    return Classified.of(target.astype(np.int64), outputs, areas) if schema.classes else Regressed.of(target, outputs)
+    return Classified.of(target.astype(np.int64), outputs) if schema.classes else Regressed.of(target, outputs)
 
 
-def states(target: np.ndarray, outputs: np.ndarray, schema: Schema, areas: bool = True) -> list[State | None]:
+def states(target: np.ndarray, outputs: np.ndarray, schema: Schema) -> list[State | None]:
     """Of each of the schema's targets."""
     if not schema.tasks:
-        return [state(target, outputs, schema, areas)]
-    return [state(_alone(target[:, i], alone), outputs[:, of], alone, areas) for i, (alone, of) in enumerate(schema.parts)]
+        return [state(target, outputs, schema)]
+    return [state(_alone(target[:, i], alone), outputs[:, of], alone) for i, (alone, of) in enumerate(schema.parts)]
 
 
 def _alone(target: np.ndarray, schema: Schema) -> np.ndarray:
@@ -318,7 +327,7 @@ def written(found: list[State | None], schema: Schema, rows: int) -> dict[str, A
         alone.target: one.figures(alone) if one else {"rows": 0} for (alone, _), one in zip(schema.parts, found, strict=True)
     }
     means = {}
-    for name in (*CLASSIFIED[:-3], *REGRESSED):
+    for name in MEANT:
         every = [figures[name] for figures in tasks.values() if figures.get(name) is not None]
         means |= {name: float(np.mean(every))} if every else {}
     return {"rows": rows, **means, "tasks": tasks}
@@ -346,14 +355,13 @@ def _weighted_classes(target: np.ndarray, outputs: np.ndarray) -> Weighted:
     at = np.arange(rows)
     guess, confidence = outputs.argmax(axis=1), outputs.max(axis=1)
     cells = target * classes + guess
-    place = np.minimum((confidence * np.float32(BINS)).astype(np.int64), BINS - 1)
+    place = _bin(confidence)
     table = np.zeros((rows, 2 + 2 * BINS), np.float32)
     table[:, 0], table[:, 1] = losses(outputs[at, target]), briers(target, outputs)
     table[at, 2 + place], table[at, 2 + BINS + place] = confidence, guess == target
     hits = {}
     if classes > 3:
-        truth = outputs[at, target][:, None]
-        before = ((outputs > truth) | ((outputs == truth) & (np.arange(classes) > target[:, None]))).sum(axis=1)
+        before = _before(target, outputs)
         hits = {f"top_{k}": (before < k).astype(np.float32) for k in (3, 5) if classes > k}
     areas = [_Area(outputs[:, c], target == c) for c in _ranked(classes)]
 
@@ -455,7 +463,3 @@ def intervals(
         ends = middle + shrink * (low - own[name]), middle + shrink * (high - own[name])
         out[name] = [float(min(ends[0], middle)), float(max(ends[1], middle))]
     return out
-
-
-def _number(value: np.ndarray) -> float:
-    return float(value[0])

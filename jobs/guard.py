@@ -7,6 +7,7 @@ counts the number that is farthest from its mean. All are arrays, since a bundle
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class Counts:
     """Rows of requests by the bins of a reference; plain arrays of whole numbers."""
 
     def __init__(self, known: Reference):
-        self.known = known
+        self.known = known.model_copy(update={"mean": {}})  # as large as a row, and not needed where counts travel
         self.numbers = [d for d in known.features if not d.values]
         self.low = np.array([d.low for d in self.numbers])
         self.high = np.array([d.high for d in self.numbers])
@@ -228,7 +229,7 @@ class Guard:
         from sklearn.neural_network import MLPRegressor
 
         rows = _flat(inputs)
-        arrays: dict[str, Any] = {"seed": np.array(seed)}
+        arrays: dict[str, Any] = {}
         deviation = rows.std(axis=0)
         arrays["mean"], arrays["scale"] = rows.mean(axis=0), np.maximum(deviation, 0.05 * max(float(deviation.mean()), 1e-9))
         if rows.shape[1] > MOST_NUMBERS:
@@ -245,8 +246,6 @@ class Guard:
             hidden_layer_sizes=(outer, narrow, outer), max_iter=150, random_state=seed, early_stopping=len(seen) >= 200,
             activation="tanh",
         )  # fmt: skip
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it could have learnt on
             coder.fit(seen, seen if wide > 1 else seen.ravel())
@@ -256,14 +255,16 @@ class Guard:
         made = cls(arrays)
         each = made._each(_flat(held))
         arrays["middle"], arrays["spread"] = np.median(each, axis=0), np.maximum(each.std(axis=0), 1e-9)
-        scores = ((each - arrays["middle"]) / arrays["spread"]).max(axis=1)
-        arrays["limit"] = np.array(max(float(np.quantile(scores, HELD)), 1e-3))
+        arrays["limit"] = np.array(max(float(np.quantile(made._strangeness(each), HELD)), 1e-3))
         return made
 
     def scores(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """`[rows]`, in units of the limit."""
-        each = self._each(_flat(inputs))
-        return ((each - self.a["middle"]) / self.a["spread"]).max(axis=1) / self.a["limit"]
+        return self._strangeness(self._each(_flat(inputs))) / self.a["limit"]
+
+    def _strangeness(self, each: np.ndarray) -> np.ndarray:
+        """`[rows]`: by whichever judge a row is strangest, in deviations of the held-out rows."""
+        return ((each - self.a["middle"]) / self.a["spread"]).max(axis=1)
 
     def _each(self, flat: np.ndarray) -> np.ndarray:
         """`[rows, 3]`: of the forest, of the autoencoder, and of the farthest number; larger is stranger."""
