@@ -221,14 +221,11 @@ def measure(sources: Sources, settings: Attack) -> dict[str, Any]:
     if settings.method == "random":
         right = by_search(engine.forward, rows, target, box, settings)
     else:
-        claim(1, threads)
-        try:
-            if not (sources.trained / FILES["keras"]).is_file():
-                raise BundleError(f"there is no {FILES['keras']}")
-            model = keras_model(sources.trained, sources.sealing)
-        except BundleError as error:
+        if not (sources.trained / FILES["keras"]).is_file():
             raise BundleError(f"{FILE}: evaluate.attack.method: `{settings.method}` needs gradients, and so a Keras model, but "
-                              f"{error}: write `method: random`") from None  # fmt: skip
+                              f"there is no {FILES['keras']}: write `method: random`")  # fmt: skip
+        claim(1, threads)
+        model = keras_model(sources.trained, sources.sealing)
         right = by_gradient(model, rows, target, box, settings)
     return {
         "robust_accuracy": float((right & clean).mean()), "accuracy": float(clean.mean()), "rows": len(target),
