@@ -168,9 +168,12 @@ class Privacy(Section):
 class Explain(Section):
     """Why the model answers as it does: of all test rows, and of the first ones each."""
 
-    method: Literal["auto", "expected_gradients", "integrated_gradients", "permutation", "shap", "lime"] = "auto"
+    method: Literal[
+        "auto", "expected_gradients", "integrated_gradients", "permutation", "shap", "shap_deep", "shap_gradient", "lime"
+    ] = "auto"
     """of each row's values: gradients, or Shapley values from answers alone (`permutation`); `auto`: gradients where the inputs
-    are numbers; `shap` and `lime` are the libraries of these names (`heliograph[explain]`)"""
+    are numbers; `shap` (its permutation, deep and gradient explainers) and `lime` are the libraries of these names
+    (`heliograph[explain]`)"""
     rows: Annotated[int, Field(ge=1)] = 500
     """of the test split"""
     background: Annotated[int, Field(ge=1)] = 50

@@ -5,8 +5,8 @@
 The reference is shap's permutation explainer, 50 background rows: 20 × 61 answers a row, whose time is compared, and 200 × 61,
 which is nearer to what both estimate. Expected gradients are ours, in one process, TensorFlow's tracing counted; correlations are
 over all values of all rows. Two networks: the example as it is, which is sure of nearly every row, and one with smoothed labels.
-`two workers` explains a larger set (test rows with noise) by our Shapley values, in one process and over two Ray tasks whose
-start is counted.
+`two workers` explains a larger set (test rows with noise) by our Shapley values, in one process and by Ray Data over two tasks
+whose start is counted.
 """
 
 import argparse
@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temp, cluster() as running:
-        import ray
         from heliograph.jobs import explain
         from heliograph.trust import Explain
 
@@ -114,8 +113,7 @@ def main() -> None:
 
         def divided() -> float:
             began = time.perf_counter()
-            task, kept = ray.remote(max_calls=1)(explain._Local.of), ray.put(work)
-            found["two"] = np.concatenate(ray.get([task.remote(kept, p) for p in np.array_split(np.arange(chosen.many), 2)]))
+            found["two"] = explain._local(work)
             return time.perf_counter() - began
 
         both = in_turn(2, {"one process": alone, "two workers": divided}, "s")

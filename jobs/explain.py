@@ -11,11 +11,10 @@ that the model reads, after preprocessing (of an image, its pixels or patches of
                           al., Sampling permutations for Shapley value estimation, 2022)
     shap, lime            the libraries of these names, where they are installed
 
-Rows are divided among Ray's tasks where that is worth a task's start. Random orders are drawn by the row's own number.
+Ray Data divides the rows among tasks where that is worth a task's start. Random orders are drawn by the row's own number.
 """
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,12 +25,14 @@ import numpy as np
 import pyarrow as pa
 
 from ..cluster.keys import KeyStore
+from ..cluster.sealed import Seal, read
 from ..cluster.storage import write_json
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Columns, Schema, as_fed
 from ..errors import ProjectError
 from ..project import FILE
 from ..trust import Explain
+from . import attention, explainers
 from .engine import FILES, Engine, Forward, keras_model
 from .evaluate import Sources, test_rows
 from .export import sample
@@ -47,6 +48,7 @@ MOST_PLAYERS = 256
 """Into which an image or a list is cut at most."""
 AT_ONCE = 1 << 15
 """Rows that a model is asked about at a time."""
+BY_MODEL = ("shap_deep", "shap_gradient")
 WORTH = 20_000_000
 """Answers times numbers of a row, from which on two tasks are quicker than one process."""
 
@@ -243,7 +245,19 @@ class _Local:
                         orders, int(numbers[i]))
                 for i in range(len(numbers))
             ])  # fmt: skip
-        return _by_library(method, engine.forward, rows, self.background, outputs, self.who, int(numbers[0]))
+        return self._by_library(engine, rows, outputs, int(numbers[0]))
+
+    def _by_library(self, engine: Engine, rows: Inputs, outputs: np.ndarray, seed: int) -> np.ndarray:
+        ((name, own),) = rows.items()
+        given = (name, own, self.background[name], outputs)
+        if self.settings.method == "lime":
+            if own.ndim < 3:
+                return by_player({name: explainers.by_lime(engine.forward, *given, seed).reshape(own.shape)}, self.who)
+            patches = np.argmax([p.mask if p.mask.ndim == 2 else p.mask.any(axis=-1) for p in self.who], axis=0)
+            return explainers.by_lime_of_images(engine.forward, *given, patches, seed)
+        needs = self.settings.method != "shap"
+        model = _model(self.sources.trained, self.sources.sealing.folder) if needs else None
+        return by_player({name: explainers.by_shap(self.settings.method, model, engine.forward, *given, seed)}, self.who)
 
 
 @functools.lru_cache(maxsize=1)
@@ -251,51 +265,21 @@ def _model(trained: Path, sealing: Path) -> Any:
     return keras_model(trained, KeyStore(sealing))
 
 
-def _by_library(
-    method: str, forward: Forward, rows: Inputs, background: Inputs, outputs: np.ndarray,
-    who: list[Player], seed: int,
-) -> np.ndarray:  # fmt: skip
-    """Of a model with one input of numbers in a row."""
-    (name,) = rows
-    flat, others = (x[name].reshape(len(x[name]), -1).astype(np.float64) for x in (rows, background))
-    shape = rows[name].shape[1:]
-
-    def asked(values: np.ndarray) -> np.ndarray:
-        return forward({name: values.reshape(-1, *shape).astype(np.float32)})
-
-    if method == "shap":
-        shap: Any = importlib.import_module("shap")
-        explainer = shap.PermutationExplainer(asked, others, seed=seed)
-        told = explainer(flat, max_evals=10 * (2 * flat.shape[1] + 1), silent=True)
-        every = told.values
-        values = every[np.arange(len(flat)), :, outputs] if every.ndim == 3 else every
-    else:
-        made: Any = importlib.import_module("lime.lime_tabular")
-        lime = made.LimeTabularExplainer(others, discretize_continuous=False, random_state=seed, mode="classification")
-        values = np.zeros(flat.shape)
-        for i, row in enumerate(flat):
-            label = int(outputs[i])
-            said = lime.explain_instance(row, asked, labels=(label,), num_features=len(row), num_samples=1000)
-            scaled = (row - others.mean(axis=0)) / np.maximum(others.std(axis=0), 1e-9)
-            for number, weight in said.local_exp[label]:
-                values[i, number] = weight * scaled[number]
-    return by_player({name: values.reshape(-1, *shape)}, who)
-
-
 def require_explainable(settings: Explain, schema: Schema) -> None:
     """Raises ProjectError for a method that does not fit the data, or is not installed."""
     where, words, chosen = f"{FILE}: explain", bool(schema.ids), settings.method
     if schema.tasks:
         raise ProjectError(f"{where}: a model of several targets is not explained yet: leave `explain` out")
-    if chosen.endswith("gradients") and words:
+    if chosen in (*BY_MODEL, "expected_gradients", "integrated_gradients") and words:
         raise ProjectError(f"{where}.method: `{chosen}` needs numbers, and an input holds words: write `permutation`")
-    if chosen in ("shap", "lime"):
+    if chosen in (*BY_MODEL, "shap", "lime"):
         if len(schema.inputs) != 1 or words:
             raise ProjectError(f"{where}.method: `{chosen}` explains one input of numbers: write `permutation`")
         if chosen == "lime" and not schema.classes:
             raise ProjectError(f"{where}.method: `lime` explains classes here: write `permutation`")
-        if importlib.util.find_spec(chosen) is None:
-            raise ProjectError(f"{where}.method: {chosen} is not installed: `pip install heliograph[explain]`")
+        library = chosen.split("_")[0]
+        if importlib.util.find_spec(library) is None:
+            raise ProjectError(f"{where}.method: {library} is not installed: `pip install heliograph[explain]`")
 
 
 def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[..., None]) -> None:
@@ -331,9 +315,10 @@ def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[
     }
     update("following single columns")
     said["dependence"] = dependence(engine, columns, said["importance"], settings.dependence)
-    images = [p for p in who if p.place]
-    if images:
+    if any(p.place for p in who):
         said["map"] = _map(local, who)
+    if (sources.trained / FILES["keras"]).is_file():
+        said |= _attention(sources, rows, folder)
     write_json(folder / EXPLAINED, said)
     names = [str(p) for p in who]
     table = {"prediction": pa.array([str(schema.classes[i]) for i in explained] if schema.classes else outputs[:, 0])}
@@ -343,6 +328,7 @@ def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[
 def _local(work: _Local) -> np.ndarray:
     """Here, or by tasks where that is worth it."""
     import ray
+    import ray.data
 
     rows = len(work.outputs)
     size = sum(int(np.prod(v.shape[1:])) for v in work.rows.values())
@@ -350,10 +336,35 @@ def _local(work: _Local) -> np.ndarray:
     cost = rows * size * asked.get(work.settings.method, 100) * len(next(iter(work.background.values())))
     tasks = min(int(ray.cluster_resources().get("CPU", 1)), rows, max(1, cost // WORTH))
     gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
-    numbers = np.array_split(np.arange(rows), tasks)
-    task: Any = ray.remote(num_gpus=gpus, max_calls=1)(_Local.of)
     held = ray.put(work)
-    return np.concatenate(ray.get([task.remote(held, part) for part in numbers]))
+
+    def some(batch: Any) -> Any:
+        return {"id": batch["id"], "values": ray.get(held).of(batch["id"])}
+
+    # A task's process ends with it, or TensorFlow would keep the GPU's memory.
+    numbers = ray.data.range(rows, override_num_blocks=tasks)
+    done = numbers.map_batches(some, batch_size=None, num_gpus=gpus or None, max_calls=1)
+    found = np.empty((rows, len(work.who)))
+    for batch in done.iter_batches(batch_size=None):
+        found[batch["id"]] = batch["values"]
+    return found
+
+
+def _attention(sources: Sources, rows: Inputs, folder: Path) -> dict[str, Any]:
+    """Maps of the model's attention layers, if it has any, for the report; a file has them row by row."""
+    import ray
+
+    file = sources.trained / FILES["keras"]
+    if not attention.has_attention(read(file, Seal.of(file.parent, sources.sealing))):
+        return {}
+    task: Any = ray.remote(num_cpus=0, max_calls=1)(_attended)
+    weights: Any = ray.get(task.remote(sources, {n: v[: attention.MOST_ROWS] for n, v in rows.items()}))
+    np.savez_compressed(folder / attention.FILE, allow_pickle=False, **weights)
+    return {"attention": attention.maps(weights)}
+
+
+def _attended(sources: Sources, rows: Inputs) -> dict[str, np.ndarray]:
+    return attention.weights_of(_model(sources.trained, sources.sealing.folder), rows)
 
 
 def _mean_size(local: np.ndarray, who: list[Player]) -> list[dict[str, Any]]:

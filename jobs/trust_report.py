@@ -91,6 +91,8 @@ def explanation(said: dict[str, Any]) -> str:
         parts.append(svg({"hconcat": [_bars(sizes, "mean absolute value", False), _bars(drops, "drop when permuted", True)]}))
     if said.get("map"):
         parts.append(_map(said["map"]))
+    if said.get("attention"):
+        parts.append(_attention(said["attention"]))
     if said["dependence"]:
         parts.append(_dependence(said["dependence"]))
     tree = said["surrogate"]
@@ -120,6 +122,23 @@ def _map(places: list[dict[str, Any]]) -> str:
     at = {"x": {"field": "column", **axis}, "y": {"field": "row", **axis}, "color": colour}
     return svg({"mark": "rect", "encoding": at, "data": {"values": values}, "width": 240, "height": 240,
                 "title": "Where answers come from"})  # fmt: skip
+
+
+def _attention(layers: list[dict[str, Any]]) -> str:
+    values = [
+        {"layer": f"{line['layer']} ({line['heads']} heads)", "from": i, "to": j, "value": value}
+        for line in layers
+        for i, row in enumerate(line["map"])
+        for j, value in enumerate(row)
+    ]
+    at = {
+        "x": {"field": "to", "type": "ordinal", "title": "place looked at", "axis": {"labelOverlap": True, "labelAngle": 0}},
+        "y": {"field": "from", "type": "ordinal", "title": "place that looks", "axis": {"labelOverlap": True}},
+        "color": {"field": "value", "type": "quantitative", "title": "weight", "scale": {"range": ["#4c86c608", BLUE]}},
+    }
+    facet = {"field": "layer", "type": "nominal", "title": "Attention, mean of rows and heads", "sort": None}
+    drawn = {"mark": "rect", "encoding": at, "width": 240, "height": 240}
+    return svg({"facet": facet, "columns": 2, "spec": drawn, "data": {"values": values}})
 
 
 def _dependence(found: list[dict[str, Any]]) -> str:

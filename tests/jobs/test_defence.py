@@ -286,3 +286,62 @@ def test_a_reference_holds_no_row(prepared):
     assert all(abs(sum(d.shares) - 1) < 1e-9 for d in (*found.features, *found.answers))
     assert len(found.mean["features"]) == 4
     assert isinstance(schema.features[0], Feature)
+
+
+# Attention and the libraries
+
+
+def test_attention_is_what_the_layer_computes_and_the_model_stays_as_it_was():
+    import keras
+    from heliograph.jobs import attention
+
+    keras.utils.set_random_seed(0)
+    words = keras.Input((6, 8), name="words")
+    x = keras.layers.MultiHeadAttention(2, 4, name="looks")(words, words)
+    model = keras.Model(words, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(x)))
+    rows = np.random.default_rng(0).normal(size=(5, 6, 8)).astype(np.float32)
+    before = model(rows).numpy()
+    found = attention.weights_of(model, {"words": rows})
+    np.testing.assert_array_equal(model(rows).numpy(), before)
+    assert "call" not in vars(model.get_layer("looks"))
+    query, key = (np.einsum("rpd,dhk->rhpk", rows, np.asarray(part.kernel)) + np.asarray(part.bias)[:, None]
+                  for part in (model.get_layer("looks")._query_dense, model.get_layer("looks")._key_dense))  # fmt: skip
+    scores = np.einsum("rhqk,rhpk->rhqp", query, key) / 2
+    expected = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found["looks"], expected, atol=1e-5)
+    np.testing.assert_allclose(found["rollout"], (expected.mean(axis=1) + np.eye(6)).mean(axis=1) / 2, atol=1e-5)
+    (shown,) = attention.maps(found)
+    assert (shown["layer"], shown["heads"], np.shape(shown["map"])) == ("looks", 2, (6, 6))
+
+
+@pytest.mark.parametrize("kind", ["shap", "shap_deep", "shap_gradient", "lime"])
+def test_the_libraries_agree_with_expected_gradients(classified, kind):
+    from heliograph.jobs import explainers
+
+    model, rows, _, _ = classified
+    rows, background = rows[100:108], rows[:40]
+    outputs = np.asarray(model(rows)).argmax(axis=1)
+
+    def forward(inputs):
+        return np.asarray(model(inputs["features"]))
+
+    given = (forward, "features", rows, background, outputs, 0)
+    found = explainers.by_lime(*given) if kind == "lime" else explainers.by_shap(kind, model, *given)
+    ours = explain.gradients(model, {"features": rows}, {"features": background}, outputs)["features"]
+    assert found.shape == rows.shape
+    assert np.corrcoef(found.ravel(), ours.ravel())[0, 1] > (0.5 if kind == "lime" else 0.85)
+
+
+def test_lime_finds_the_patch_that_an_image_is_told_by():
+    from heliograph.jobs import explainers
+
+    patches = np.repeat(np.repeat(np.arange(4).reshape(2, 2), 4, axis=0), 4, axis=1)
+    rows = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
+
+    def forward(inputs):
+        sure = inputs["image"][:, :4, 4:].mean(axis=(1, 2))
+        return np.stack([1 - sure, sure], axis=1)
+
+    found = explainers.by_lime_of_images(forward, "image", rows + 1, rows, np.ones(3, int), patches, 0)
+    assert (found.argmax(axis=1) == 1).all()
+    assert np.abs(found[:, [0, 2, 3]]).max() < 0.02 < found[:, 1].min()
