@@ -342,9 +342,12 @@ class Fuse(Section):
 
 class Model(Section):
     build: Annotated[str, Field(pattern=r"^\w+:\w+$")] = "model:build"
-    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`; not used with `start`"""
+    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`; not used with `preset`,
+    `start` and `fuse`"""
+    preset: Literal["tabular", "image", "text"] | None = None
+    """a ready-made model in the place of one's own: a perceptron beside a straight way, a small ResNet, a small transformer"""
     hp: dict[str, bool | int | float | str] = {}
-    """Handed to `build` as `hp`."""
+    """handed to `build` as `hp`; of a preset: width, depth, dropout, filters, blocks, heads"""
     start: Start | None = None
     """Begin with the weights of another model, a new head on them."""
     fuse: Fuse | None = None
@@ -352,8 +355,9 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _is_made_one_way(self):
-        if self.start and self.fuse:
-            raise ValueError("a model starts from another or is fused of others: write `start` or `fuse`")
+        made = [name for name in ("preset", "start", "fuse") if getattr(self, name)]
+        if len(made) > 1:
+            raise ValueError(f"a model is a preset, starts from another or is fused of others: write one of {', '.join(made)}")
         return self
 
     def started_from(self, place: Path) -> "Model":

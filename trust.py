@@ -99,6 +99,9 @@ class Evaluate(Section):
     resamples: Annotated[int, Field(ge=0)] = 400
     """Poisson bootstrap; 0: no intervals"""
     costs: Costs | None = None
+    baseline: bool | None = None
+    """whether scikit-learn's linear model and boosted trees learn the same rows, to be held against (default: if the model is a
+    preset)"""
     attack: Attack | None = None
     """`attack: {}` measures `robust_accuracy`"""
     behaviour: list[Behaviour] = []

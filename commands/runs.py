@@ -1,6 +1,7 @@
 """Commands of a project: make one, check it, run it, search it."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,20 +14,48 @@ from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder, wi
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
-    """Write a project that runs: a heliograph.yaml and a model.py to change.
+def init(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    data: Annotated[
+        str | None, typer.Option(help="A file or glob of rows, a folder of images (a folder a class), s3://… or sklearn://NAME.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The column to predict (default: asked for, or guessed by its name).")
+    ] = None,
+) -> None:
+    """Write a project that runs: for a data file, what its columns suggest; without one, handwritten digits to start from.
 
-    Example:  heliograph init my-project
+    Example:  heliograph init my-project --data flowers.csv --target species
     """
     if (folder / project.FILE).exists() or (folder / "model.py").exists():
         raise ProjectError(f"{folder}: holds a project already: name another folder")
-    name = "".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "project"
-    template = Path(__file__).parent.parent / "examples" / "digits"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(template / "model.py", folder / "model.py")
-    text = (template / project.FILE).read_text().replace("name: digits\n", f"name: {name[:63]}\n")
-    (folder / project.FILE).write_text(text)
-    typer.echo(f"{folder}: a project that classifies handwritten digits; next: heliograph run {folder}")
+    name = ("".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "project")[:63]
+    if data is None and sys.stdin.isatty():
+        data = (
+            typer.prompt("data (a file, a folder of images; empty: handwritten digits)", default="", show_default=False) or None
+        )
+    if data is None:
+        template = Path(__file__).parent.parent / "examples" / "digits"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(template / "model.py", folder / "model.py")
+        (folder / project.FILE).write_text((template / project.FILE).read_text().replace("name: digits\n", f"name: {name}\n"))
+        typer.echo(f"{folder}: a project that classifies handwritten digits; next: heliograph run {folder}")
+        return
+    from ..jobs import propose
+    from ..jobs.display import silenced
+
+    source = propose.found(data)
+    if target is None:
+        head = propose.columns_of(source)
+        target = propose.likely_target(head)
+        if sys.stdin.isatty():
+            target = typer.prompt(f"column to predict, of {', '.join(head.column_names)}", default=target)
+    assert target
+    with silenced():
+        text = propose.propose(name, source, target, folder)
+    propose.written(folder, text)
+    typer.echo(text.splitlines()[0].split("`heliograph check`")[0].removeprefix("# ").strip())
+    typer.echo(f"{folder / project.FILE}: next: heliograph run {folder}")
 
 
 @app.command()

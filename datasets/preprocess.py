@@ -422,6 +422,10 @@ class Preprocessing(BaseModel):
                 out[name] = _side_by_side([made[p] for p in parts])
         return out
 
+    def vocabulary(self, name: str) -> int:
+        """How many ids a column of words has: the padding, the unknown word, and those that training has seen. 0: no words."""
+        return next((2 + len(step.columns[name]["words"]) for step in self.steps if "words" in step.columns.get(name, {})), 0)
+
 
 def _side_by_side(columns: list[np.ndarray]) -> np.ndarray:
     """float32 `[rows, numbers]`."""

@@ -62,6 +62,7 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     classes: tuple[str | int, ...] = ()
+    scale: tuple[float, float] = (0.0, 1.0)
 
 
 class Schema(BaseModel):
@@ -70,13 +71,15 @@ class Schema(BaseModel):
     target: str
     classes: tuple[str | int, ...] = ()
     """The labels in the order of the model's outputs (classification)."""
+    scale: tuple[float, float] = (0.0, 1.0)
+    """Mean and deviation of the training rows' target (regression)."""
     tasks: tuple[Task, ...] = ()
     """Of several targets each, in the order in which the model's outputs stand beside each other."""
     features: tuple[Feature, ...]
     inputs: dict[str, tuple[int, ...]] = {}
     """The model's inputs and their shapes, without the batch: what preprocessing makes of the features."""
-    ids: tuple[str, ...] = ()
-    """Inputs that are ids of words, and no quantities."""
+    ids: dict[str, int] = {}
+    """Inputs that are ids of words, and no quantities: how many ids there are, 0 where that is not known."""
 
     @classmethod
     def read(cls, folder: Path) -> "Schema":
@@ -103,7 +106,8 @@ class Schema(BaseModel):
         found, at = [], 0
         for task in self.tasks:
             kind = "classification" if task.classes else "regression"
-            alone = self.model_copy(update={"task": kind, "target": task.name, "classes": task.classes, "tasks": ()})
+            of_task = {"target": task.name, "classes": task.classes, "scale": task.scale, "tasks": ()}
+            alone = self.model_copy(update={"task": kind, **of_task})
             found.append((alone, slice(at, at + alone.outputs)))
             at += alone.outputs
         return found

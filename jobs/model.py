@@ -27,16 +27,30 @@ if TYPE_CHECKING:
 
 def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
     """The project's model for `schema`, with weights of its own drawing, or those that it starts from. Raises ModelError."""
-    import keras
-
     if model.start:
         from .transfer import started
 
         return started(model.start, schema)
+    if model.preset:
+        from .presets import preset
+
+        built, where = preset(model.preset, schema, model.hp), f"the preset `{model.preset}`"
+    else:
+        built, where = _own(model, schema, folder)
+    if schema.tasks:
+        built = joined(built, schema, where)
+    check_shapes(built, schema, where)
+    return built
+
+
+def _own(model: Model, schema: Schema, folder: Path) -> tuple["keras.Model", str]:
+    """What the project's function returns, and where that is."""
+    import keras
+
     module_name, function_name = model.build.split(":")
     file = folder / f"{module_name}.py"
     if not file.is_file():
-        raise ModelError(f"{file}: not found: model.build is `{model.build}`")
+        raise ModelError(f"{file}: not found: model.build is `{model.build}`; a ready-made model: `model: {{preset: tabular}}`")
     project_imports(folder)
     spec = importlib.util.spec_from_file_location(f"heliograph_project_{module_name}", file)
     assert spec and spec.loader
@@ -55,10 +69,7 @@ def build(model: Model, schema: Schema, folder: Path) -> "keras.Model":
         raise ModelError(f"{_place(error, file)}: {function_name} failed: {_what(error)}") from None
     if not isinstance(built, keras.Model):
         raise ModelError(f"{file}: {function_name} returned {type(built).__name__}, not a keras.Model")
-    if schema.tasks:
-        built = joined(built, schema, f"{file}: {function_name}")
-    check_shapes(built, schema, f"{file}: {function_name}")
-    return built
+    return built, f"{file}: {function_name}"
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class SortedTarget(BaseModel):
     """Training rows of each label."""
     lacking: int = 0
     """Training rows without it."""
+    known: Statistics | None = None
+    """Of a number, over the training rows."""
 
 
 class Sorted(BaseModel):
@@ -156,7 +158,9 @@ def prepare(data: Data, base: Path, keys: KeyStore | None, folder: Path, update:
     gather = functools.partial(_gather, plan, pieces, int(counts[_first_bucket(plan) :].sum()))
     preprocessing = fit(data, features, raw, gather, base)
     one = preprocessing.apply(next(iter(_read_buckets(plan, pieces, np.flatnonzero(counts)[:1])))[1])
-    schema = _schema(data, classes, features, one)
+    scales = [functools.reduce(Statistics.merge, (p.known for p in found if p.known), Statistics(rows=0, missing=0))
+              for found in of_target]  # fmt: skip
+    schema = _schema(data, list(zip(classes, scales, strict=True)), features, preprocessing, one)
     row_bytes = sum(values.nbytes // len(values) for values in one.values()) + 12
     window = shards.window_rows(row_bytes, max(rows for *_, rows in layout))
 
@@ -203,7 +207,7 @@ def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
     head, features, numbers = look(source, data)
     check_steps(data, features, base)
     bad = Bad(len(head))
-    classes = []
+    found: list[tuple[tuple[str | int, ...], Statistics | None]] = []
     for view, number in zip(data.of_targets, numbers, strict=True):
         name, labels = view.one, Labels()
         if isinstance(source, FunctionSource):
@@ -213,7 +217,8 @@ def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
                 for chunk in source.read(piece, [name]):
                     if len(chunk.table):
                         labels.add(schemas.targets(chunk.table.column(0), view, number, Bad(len(chunk.table))))
-        classes.append(labels.classes(view, source.where))
+        seen = schemas.targets(head.column(name), view, number, Bad(len(head)))
+        found.append((labels.classes(view, source.where), statistics(seen) if isinstance(seen, np.ndarray) else None))
     columns = schemas.typed(head, optional(data, features), bad)
     good = _taken(columns, np.flatnonzero(~bad.mask))
     if bad.mask.all():
@@ -227,23 +232,34 @@ def sniff(data: Data, base: Path) -> tuple[Schema, Preprocessing]:
         return {n: finite(made[n]) if need == "sample" else statistics(made[n], need) for n, need in needs.items()}
 
     preprocessing = fit(data, features, raw, gather, base)
-    return _schema(data, classes, features, preprocessing.apply(_taken(good, np.arange(1)))), preprocessing
+    return _schema(data, found, features, preprocessing, preprocessing.apply(_taken(good, np.arange(1)))), preprocessing
 
 
 def _schema(
-    data: Data, classes: list[tuple[str | int, ...]], features: tuple[Feature, ...], inputs: dict[str, np.ndarray]
-) -> Schema:
-    """classes: of each target. inputs: of a row or more."""
-    tasks = tuple(schemas.Task(name=name, classes=labels) for name, labels in zip(data.targets, classes, strict=True))
+    data: Data, targets: list[tuple[tuple[str | int, ...], Statistics | None]], features: tuple[Feature, ...],
+    preprocessing: Preprocessing, inputs: dict[str, np.ndarray],
+) -> Schema:  # fmt: skip
+    """targets: the classes of each, or what its numbers are like. inputs: of a row or more."""
+    tasks = tuple(
+        schemas.Task(name=name, classes=labels, scale=_scale(known) if not labels else (0.0, 1.0))
+        for name, (labels, known) in zip(data.targets, targets, strict=True)
+    )
     return Schema(
-        task="several" if data.several else "classification" if classes[0] else "regression",
+        task="several" if data.several else "classification" if tasks[0].classes else "regression",
         target=", ".join(data.targets),
-        classes=() if data.several else classes[0],
+        classes=() if data.several else tasks[0].classes,
+        scale=(0.0, 1.0) if data.several else tasks[0].scale,
         tasks=tasks if data.several else (),
         features=features,
         inputs={name: tuple(values.shape[1:]) for name, values in inputs.items()},
-        ids=tuple(name for name, values in inputs.items() if values.dtype == np.int32),
+        ids={n: preprocessing.vocabulary(preprocessing.inputs[n][0]) for n, v in inputs.items() if v.dtype == np.int32},
     )
+
+
+def _scale(known: Statistics | None) -> tuple[float, float]:
+    if not (known and known.moments):
+        return 0.0, 1.0
+    return known.moments.mean, known.moments.deviation or 1.0
 
 
 def across(work: Callable[[Any], Any], items: list[Any], update: Callable[..., None], text: str) -> list[Any]:
@@ -375,7 +391,8 @@ def _sorted_target(values: schemas.Column, train: slice) -> SortedTarget:
         found = schemas.arrow_column(_some(values, given)).value_counts()
         classes = dict(zip(map(str, found.field(0).to_pylist()), found.field(1).to_pylist(), strict=True))
     lacking = len(values) - train.start - len(given)
-    return SortedTarget(labels=list(labels.values), whole=labels.whole, classes=classes, lacking=lacking)
+    known = statistics(values[given]) if isinstance(values, np.ndarray) else None
+    return SortedTarget(labels=list(labels.values), whole=labels.whole, classes=classes, lacking=lacking, known=known)
 
 
 def _check_images(columns: Columns, plan: Plan, bad: Bad) -> None:

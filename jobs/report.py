@@ -7,10 +7,11 @@ from ..cluster.storage import read_json, write_bytes, write_json
 from ..project import Project
 from ..recipes import FIGURES
 from . import trust_report
+from .baseline import BASELINE
 from .drawing import INK, page, svg, table
 from .engine import TABLE
 from .explain import EXPLAINED
-from .run import ATTACK
+from .run import ATTACK, has_baseline
 from .stages import Run
 from .validate import VERDICT
 from .watch import METRICS, read_lines
@@ -25,6 +26,7 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "seconds": round(sum(s["seconds"] for s in run.stages if not s["reused"]), 2),
         "test": read_json(run["evaluate"] / "metrics.json"),
         "validation": read_json(run["validate"] / VERDICT),
+        "baseline": read_json(run["baseline"] / BASELINE) if has_baseline(project) else None,
         "attack": read_json(run["attack"] / ATTACK) if project.evaluate.attack else None,
         "train": {**trained, "ranks_identical": len(set(trained["weights_sha256"])) <= 1},
         "explain": read_json(run["explain"] / EXPLAINED) if project.explain else None,
@@ -49,6 +51,10 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"attacked ({attack['method']}, {attack['epsilon']:g} of the range, {attack['rows']:,} rows): "
             f"accuracy {attack['robust_accuracy']:.4f}"
         )
+    if report["baseline"]:
+        told = "; ".join(f"{m['verdict']} than {m['name']}" if "model" in m["verdict"] else f"{m['verdict']} from {m['name']}"
+                         for m in report["baseline"]["models"])  # fmt: skip
+        said.append(f"beside scikit-learn: {told}")
     if "privacy" in report["train"]:
         spent = report["train"]["privacy"]
         said.append(f"private: epsilon {spent['epsilon']:.2f} at delta {spent['delta']:.1e}")
@@ -170,6 +176,8 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
         parts.append(_fusion(fusion, main[0]))
     parts.append(f"<h2>Training</h2>{_curves(history) if history else ''}{table(('what', 'value'), facts)}")
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
+    if report["baseline"]:
+        parts.append(_beside(report["baseline"], test))
     for name, found in test.get("tasks", {"": test}).items():
         parts.append(_of_target(name, found))
     parts.append(trust_report.gates(report["validation"], report["attack"]))
@@ -179,6 +187,21 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
         parts.append(_compression(report["compress"]))
     parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
     return page(report["name"], "".join(parts))
+
+
+def _beside(said: dict[str, Any], test: dict[str, Any]) -> str:
+    """The model and scikit-learn's, on the same rows."""
+    shown = [n for n in ("accuracy", "balanced_accuracy", "roc_auc", "log_loss", "r2", "rmse", "mae") if n in test][:4]
+    shown = [n for n in shown if all(n in m["figures"] for m in said["models"])]
+    main = shown[0]
+    rows = [("this model", *(f"{test[n]:.4f}" for n in shown), "", "")]
+    for m in said["models"]:
+        gap, low, high = m["gap"][main]
+        rows.append(
+            (m["name"], *(f"{m['figures'][n]:.4f}" for n in shown), f"{gap:+.4f} ({low:+.4f} to {high:+.4f})", m["verdict"])
+        )
+    head = ("", *(n.replace("_", " ") for n in shown), f"this model's {main.replace('_', ' ')} less its", "")
+    return f"<h3>Beside scikit-learn, which learnt {said['learnt_from']:,} of the same rows</h3>{table(head, rows)}"
 
 
 def _fusion(said: dict[str, Any], metric: str) -> str:

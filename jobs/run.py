@@ -28,6 +28,7 @@ from ..project import Model, Project
 from ..trust import Attack, Explain
 from . import demand, transfer
 from .archive import SEALED_RUN
+from .baseline import baseline
 from .bundle import make
 from .card import CARD, card
 from .display import Display
@@ -244,6 +245,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
     sources = Sources(run["prepare"], run["train"], sealing, keys)
     smaller = [_compression(project, base, run)] if project.compress else []
     explained = [_explanation(project.explain, sources, update)] if project.explain else []
+    beside = [_baseline(sources, update)] if has_baseline(project) else []
     attacked = [_attack(project.evaluate.attack, sources)] if project.evaluate.attack else []
     for stage in (
         *start,
@@ -254,6 +256,7 @@ def execute(project: Project, base: Path, run: Run) -> int:
             project.evaluate.model_dump(include={"slices", "worst", "confidence", "resamples", "costs"}),
             lambda folder: evaluate(sources, project.evaluate, folder, update),
         ),
+        *beside,
         *explained,
         *attacked,
         *smaller,
@@ -321,6 +324,16 @@ def _explanation(settings: Explain, sources: Sources, update: Callable[..., None
     return Stage(
         "explain", ("prepare", "train"), settings.model_dump(), lambda folder: explain(sources, settings, folder, update)
     )
+
+
+def has_baseline(project: Project) -> bool:
+    """Whether scikit-learn's models are held against the project's."""
+    asked = project.evaluate.baseline
+    return not project.data.several and (bool(project.model.preset) if asked is None else asked)
+
+
+def _baseline(sources: Sources, update: Callable[..., None]) -> Stage:
+    return Stage("baseline", ("prepare", "train"), None, lambda folder: baseline(sources, folder, update))
 
 
 def _attack(settings: Attack, sources: Sources) -> Stage:

@@ -54,7 +54,13 @@ class Shrinking:
         step = self.step
         if isinstance(step, Distil):
             own = own.model_copy(
-                update={"build": step.build or own.build, "hp": {**own.hp, **step.hp}, "start": None, "fuse": None}
+                update={
+                    "build": step.build or own.build,
+                    "preset": None if step.build else own.preset,
+                    "hp": {**own.hp, **step.hp},
+                    "start": None,
+                    "fuse": None,
+                }
             )
             return build(own, schema, project)
         model = keras_model(self.source, self.keys)

@@ -24,6 +24,7 @@ from ..conftest import executed, iris_project
 
 JUDGED = """\
 evaluate:
+  baseline: true
   slices: ["petal_length > 4"]
   attack: {epsilon: 0.1, steps: 5, restarts: 1}
   behaviour:
@@ -84,6 +85,17 @@ def test_gates_and_behaviour_stand_in_the_signed_bundle(run):
     assert card.startswith("---\nlibrary_name: heliograph")
     assert "**no**" in card
     assert "petal_length > 4" in card
+
+
+def test_scikit_learn_stands_beside_the_model_and_nothing_is_hidden(run):
+    said = read(run, "baseline", "baseline.json")
+    assert [m["name"] for m in said["models"]] == ["logistic regression", "gradient boosting"]
+    accuracy = read(run, "evaluate", "metrics.json")["accuracy"]
+    for model in said["models"]:
+        gap, low, high = model["gap"]["accuracy"]
+        assert gap == pytest.approx(accuracy - model["figures"]["accuracy"])
+        assert low <= gap <= high
+        assert model["verdict"] in ("no difference is shown", "the model is better", "the model is worse")
 
 
 def test_explanations_add_up_and_name_what_counts(run):
@@ -197,7 +209,7 @@ def test_a_regression_has_no_robust_accuracy():
 
 def test_a_method_that_cannot_explain_the_data_is_a_line():
     words = Schema(
-        task="classification", target="y", classes=(0, 1), features=(Feature(name="x"),), inputs={"x": (9,)}, ids=("x",)
+        task="classification", target="y", classes=(0, 1), features=(Feature(name="x"),), inputs={"x": (9,)}, ids={"x": 9}
     )
     for method in ("expected_gradients", "lime"):
         with pytest.raises(ProjectError, match=f"explain.method: `{method}` .*: write `permutation`"):
