@@ -136,7 +136,9 @@ class LocalCluster:
         if ray.is_initialized():
             raise HeliographError("this process is connected to a Ray already: run heliograph in a process of its own")
         with _signal_handlers_kept():
-            context = self._init() or self._init(must=True)
+            context = self._init()
+            if context is None:
+                context = self._init(must=True)
         # Train's own helpers connect by themselves, and would meet another Ray of the machine.
         os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
         import ray.data

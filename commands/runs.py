@@ -10,7 +10,7 @@ import typer
 from .. import project
 from ..errors import ProjectError, RunError
 from ..recipes import Format
-from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder, with_port, with_registry
+from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder
 
 
 @app.command()
@@ -86,34 +86,23 @@ def run(
 
     Example:  heliograph run examples/digits
     """
-    loaded = with_registry(with_port(project.load(folder), port), registry)
+    from ..api import run as done
     from ..cluster.runtime import joined
     from ..jobs import report
     from ..jobs.display import Display, form_table, stage_table
-    from ..jobs.run import execute, key_store, opened
-    from ..serve import first_request
-    from ..serve.access import require_role
 
-    require_role(key_store(loaded, folder.resolve(), run_folder(folder, run)), project.Verb.TRAIN, loaded.name)
     display = Display()
-    with opened(run_folder(folder, run), loaded.train.processes, display) as current:
-        if not joined():
-            first_request.require_port(loaded, current)
-        version = execute(loaded, folder.resolve(), current)
-        if not joined():  # a cluster's own endpoints are for what it serves
-            first_request.execute(loaded, folder.resolve(), current)
-        result = report.write(loaded, current)
-    display.console.print(stage_table(result["stages"]))
-    if result["compress"]:
-        display.console.print(form_table(*report.forms(result["compress"], short=True)))
-    for line in report.summary(result):
+    made = done(folder, run, port=port, registry=registry, display=display)
+    display.console.print(stage_table(made.report["stages"]))
+    if made.report["compress"]:
+        display.console.print(form_table(*report.forms(made.report["compress"], short=True)))
+    for line in report.summary(made.report):
         typer.echo(line)
-    models = loaded.registry if "://" in loaded.registry else folder / loaded.registry
-    typer.echo(f"model: {loaded.name}@{version} in {models}")
+    typer.echo(f"model: {made.name}@{made.version} in {made.registry}")
     serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
-    typer.echo(f"report: {run_folder(folder, run) / 'report.html'}{serving}")
-    if failed := result["validation"]["failed"]:
-        raise RunError(f"{loaded.name}@{version} is not for production: {'; '.join(failed)}")
+    typer.echo(f"report: {made.folder / 'report.html'}{serving}")
+    if made.failed:
+        raise RunError(f"{made.name}@{made.version} is not for production: {'; '.join(made.failed)}")
 
 
 @app.command()

@@ -28,6 +28,7 @@ from ..cluster.storage import in_memory
 from ..datasets.preprocess import Preprocessing
 from ..datasets.schema import Columns, Schema, as_fed
 from ..errors import BundleError
+from .display import silenced
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 log = logging.getLogger("heliograph")
@@ -169,7 +170,8 @@ def _litert(content: bytes, threads: int, schema: Schema) -> Forward:
             order = [0] if len(names) == 1 else [next(i for i, d in enumerate(details) if _means(d["name"], n)) for n in names]
             for i, name in zip(order, names, strict=True):
                 found.resize_tensor_input(details[i]["index"], [rows, *schema.inputs[name]])
-            found.allocate_tensors()
+            with silenced():  # that it has a delegate
+                found.allocate_tensors()
             ready[rows] = found, [details[i]["index"] for i in order], found.get_output_details()[0]["index"]
         return ready[rows]
 

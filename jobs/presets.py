@@ -120,7 +120,7 @@ def _words(ids: Any, vocabulary: int, length: int, hp: Any) -> Any:
         y = layers.LayerNormalization()(x)
         y = layers.MultiHeadAttention(hp.heads, max(1, hp.width // hp.heads))(y, y, attention_mask=there[:, None])
         x = layers.Add()([x, layers.Dropout(hp.dropout)(y)])
-        y = layers.Dense(4 * hp.width, activation="gelu")(layers.LayerNormalization()(x))
+        y = layers.Dense(4 * hp.width, activation="relu")(layers.LayerNormalization()(x))
         x = layers.Add()([x, layers.Dropout(hp.dropout)(layers.Dense(hp.width)(y))])
     x = layers.LayerNormalization()(x)
     total: Any = ops.maximum(ops.sum(there, axis=1), 1.0)
