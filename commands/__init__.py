@@ -74,6 +74,7 @@ RunFolder = Annotated[
 Trust = Annotated[Path | None, typer.Option(help="The public key (signing.pub) that must have signed the endpoint's keys.")]
 Port = Annotated[int | None, typer.Option(help="Listen on this port instead of the project's serve.port.", min=1, max=65535)]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 RegistryPlace = Annotated[str | None, typer.Option("--registry", help="This one instead of the project's `registry`.")]
 
 

@@ -1,5 +1,6 @@
 """Commands of a project: make one, check it, run it, search it."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from .. import project
 from ..errors import ProjectError, RunError
 from ..recipes import Format
-from . import Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder
+from . import AsJson, Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder
 
 
 @app.command()
@@ -103,6 +104,36 @@ def run(
     typer.echo(f"report: {made.folder / 'report.html'}{serving}")
     if made.failed:
         raise RunError(f"{made.name}@{made.version} is not for production: {'; '.join(made.failed)}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A project, whose port, keys and storage are looked at too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and say what to do where something is missing; the exit code is 2 where a run could not work.
+
+    Example:  heliograph doctor examples/digits
+    """
+    loaded = project.load(folder) if folder else None
+    from dataclasses import asdict
+
+    from ..jobs.display import Display
+    from ..jobs.doctor import examine
+
+    display, found = Display(), []
+    with display.open():
+        for each in examine(loaded, (folder or Path()).resolve(), display.update):
+            found.append(each)
+            if not as_json:
+                mark = {"ok": "[green]✓[/]", "warn": "[yellow]![/]", "bad": "[red]✗[/]"}[each.state]
+                display.console.print(f"{mark} {each.name:<14} {each.found}", highlight=False, soft_wrap=True)
+                if each.do:
+                    display.console.print(f"  {'':<14} do: {each.do}", highlight=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
+    if any(each.state == "bad" for each in found):
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -6,7 +6,6 @@ workers, draws what it would have drawn; done where the model is (`vary`), an im
 A row is blended with another row of its shard and step (a random rotation of them), since those are always on one worker.
 """
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ def specs(how: Augment | None, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     return {name: tf.TensorSpec((None, *v.shape[1:]), tf.as_dtype(v.dtype)) for name, v in drawn.items()}
 
 
-def vary(inputs: dict[str, Any], target: Any, draws: dict[str, Any], ids: Collection[str]) -> tuple[dict[str, Any], Any]:
+def vary(inputs: dict[str, Any], target: Any, draws: dict[str, Any], ids: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
     """A step's inputs, varied, and the target of the row that each is blended with."""
     import tensorflow as tf
 

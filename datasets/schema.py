@@ -78,8 +78,10 @@ class Schema(BaseModel):
     features: tuple[Feature, ...]
     inputs: dict[str, tuple[int, ...]] = {}
     """The model's inputs and their shapes, without the batch: what preprocessing makes of the features."""
-    ids: dict[str, int] = {}
-    """Inputs that are ids of words, and no quantities: how many ids there are, 0 where that is not known."""
+    ids: tuple[str, ...] = ()
+    """Inputs that are ids of words, and no quantities."""
+    vocabulary: dict[str, int] = {}
+    """How many ids there are, of each input of words."""
 
     @classmethod
     def read(cls, folder: Path) -> "Schema":

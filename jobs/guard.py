@@ -57,12 +57,14 @@ class Distribution(BaseModel):
 
 
 class Reference(BaseModel):
-    """mean: of each input, the mean training row. features: distributions of what requests bring; answers: of what they get."""
+    """mean: of each input, the mean training row. features: distributions of what requests bring; answers: of what they get.
+    ranges: of each column of numbers, its least, mean and largest number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     mean: dict[str, Any]
     features: tuple[Distribution, ...]
     answers: tuple[Distribution, ...]
+    ranges: dict[str, tuple[float, float, float]] = {}
 
     @classmethod
     def read(cls, bundle: Path, seal: Seal | None) -> "Reference":
@@ -91,7 +93,9 @@ def reference(engine: Engine, sources: Sources, columns: Columns) -> Reference:
     inputs, _ = sample(sources.prepared, sources.keys, "train", MOST_ROWS)
     words = engine.schema.ids
     mean = {n: (np.zeros(v.shape[1:]) if n in words else v.mean(axis=0)).tolist() for n, v in inputs.items()}
-    return Reference(mean=mean, features=tuple(features), answers=tuple(_of_answers(outputs, engine.schema)))
+    ranges = {c.name: (c.low, c.mean, c.high) for c in profile.columns if c.low is not None and c.mean is not None}
+    answers = tuple(_of_answers(outputs, engine.schema))
+    return Reference(mean=mean, features=tuple(features), answers=answers, ranges=ranges)  # pyright: ignore[reportArgumentType]
 
 
 def _shared(name: str, counts: np.ndarray, rows: int, **how: Any) -> Distribution:

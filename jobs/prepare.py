@@ -252,7 +252,10 @@ def _schema(
         tasks=tasks if data.several else (),
         features=features,
         inputs={name: tuple(values.shape[1:]) for name, values in inputs.items()},
-        ids={n: preprocessing.vocabulary(preprocessing.inputs[n][0]) for n, v in inputs.items() if v.dtype == np.int32},
+        ids=tuple(name for name, values in inputs.items() if values.dtype == np.int32),
+        vocabulary={
+            name: count for name, (part, *_) in preprocessing.inputs.items() if (count := preprocessing.vocabulary(part))
+        },
     )
 
 

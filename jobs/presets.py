@@ -32,7 +32,7 @@ transformer."""
 
 def kind_of(schema: Schema, name: str) -> str:
     """Of an input: `text`, `image` or `tabular`."""
-    return "text" if name in schema.ids else "image" if len(schema.inputs[name]) in (2, 3) else "tabular"
+    return "text" if name in schema.vocabulary else "image" if len(schema.inputs[name]) in (2, 3) else "tabular"
 
 
 def proposed(schema: Schema) -> str:
@@ -61,7 +61,9 @@ def preset(name: str, schema: Schema, hp: dict[str, Any]) -> "keras.Model":
             wide.append(flat)
             deep.append(_perceptron(flat, known))
         else:
-            deep.append(_words(given, schema.ids[title], shape[0], known) if kind == "text" else _image(given, shape, known))
+            deep.append(
+                _words(given, schema.vocabulary[title], shape[0], known) if kind == "text" else _image(given, shape, known)
+            )
     joined = layers.Concatenate()(deep) if len(deep) > 1 else deep[0]
     joined = layers.Dropout(known.dropout)(joined)
 

@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class Steps:
         split: int = 1,
         scale: Any = None,
         xla: bool = False,
-        augment: tuple[Augment | None, Collection[str]] = (None, ()),
+        augment: tuple[Augment | None, tuple[str, ...]] = (None, ()),
     ):
         import tensorflow as tf
 

@@ -320,10 +320,11 @@ class Application:
             case "/metrics":
                 return Answer(200, "text/plain; version=0.0.4; charset=utf-8", (await self._total()).page())
             case path:
-                models = [self.models.pick(name).identity for name in self.models.names]
+                models = [self.models.pick(name) for name in self.models.names]
                 if path == "/openapi.json":
-                    return json_answer(200, page.openapi(models, self.encrypted))
-                return Answer(200, "text/html; charset=utf-8", page.html(models, self.encrypted))
+                    return json_answer(200, page.openapi([m.identity for m in models], self.encrypted))
+                shown = [(m.identity, m.reference) for m in models]
+                return Answer(200, "text/html; charset=utf-8", page.html(shown, self.encrypted))
 
 
 def _timely(date: bytes | None) -> bool:

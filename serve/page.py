@@ -3,12 +3,14 @@
 The page holds everything that it needs; nothing is loaded from elsewhere.
 """
 
-import html as escape
+import functools
 import json
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..datasets.schema import MUST_BE, Feature
+from ..datasets.schema import Feature
+from ..jobs.guard import Reference
 from .messages import Identity
 
 ERROR = {
@@ -167,50 +169,37 @@ def _examples(model: Identity) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": _object(model)}
 
 
-def html(models: list[Identity], encrypted: str) -> bytes:
-    cards = "".join(_card(m, encrypted) for m in models)
-    return PAGE.replace("@CARDS@", cards).encode()
+STATIC = Path(__file__).parent / "static"
+KEPT_VALUES = 50
 
 
-def _card(model: Identity, encrypted: str) -> str:
-    schema, e = model.schema, escape.escape
-    rows = "".join(
-        f"<tr><td>{e(f.name)}</td><td>{e(f.kind)}{' ' + str(list(f.shape)) if f.shape else ''}</td>"
-        f"<td>{e(MUST_BE.get(f.kind, 'finite numbers in that shape'))}{', or empty' if f.optional else ''}</td></tr>"
-        for f in schema.features
-    )
-    answers = "; ".join(
-        f"{f'of {alone.target} ' if schema.tasks else ''}a probability for each of {', '.join(map(str, alone.classes))}"
-        if alone.classes
-        else f"one value{f' of {alone.target}' if schema.tasks else ''}"
-        for alone, _ in schema.parts
-    )
-    sample = {"instances": [{f.name: _example(f) for f in schema.features}]}
-    form = (
-        "<p>This model takes sealed requests only: use <code>heliograph predict</code>.</p>"
-        if encrypted == "required"
-        else f'<textarea rows="6" spellcheck="false">{e(json.dumps(sample))}</textarea>'
-        f'<button data-path="/v1/models/{e(model.name)}:predict">predict</button><pre></pre>'
-    )
-    return (
-        f"<section><h2>{e(model.name)}@{model.version}</h2>"
-        f"<p>{e(schema.task)} of <code>{e(schema.target)}</code>: {e(answers)}</p>"
-        f"<table><tr><th>feature</th><th>kind</th><th>must be</th></tr>{rows}</table>{form}</section>"
-    )
+@functools.cache
+def _page() -> str:
+    """The page without its models: a file of everything, with nothing to load from elsewhere."""
+    text = (STATIC / "page.html").read_text()
+    for name, file in (("@HPKE@", "hpke.js"), ("@PLAYGROUND@", "playground.js")):
+        text = text.replace(name, (STATIC / file).read_text())
+    return text
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>heliograph</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}
-textarea{width:100%;box-sizing:border-box;font:13px monospace}pre{background:#f4f4f4;padding:.6rem;overflow:auto;max-height:20rem}
-button{padding:.4rem 1.2rem;margin:.4rem 0}code{background:#f4f4f4;padding:0 .2rem}
-</style><h1>heliograph</h1><p>Bodies and paths: <a href="/openapi.json">/openapi.json</a> (TensorFlow Serving's REST API, the Open
-Inference Protocol, Arrow, sealed requests of RFC 9458). Counts: <a href="/metrics">/metrics</a>.</p>@CARDS@<script>
-for (const button of document.querySelectorAll("button")) button.onclick = async () => {
-  const out = button.nextElementSibling, body = button.previousElementSibling.value, began = performance.now();
-  const answer = await fetch(button.dataset.path, {method: "POST", headers: {"content-type": "application/json"}, body});
-  out.textContent = `${answer.status} in ${Math.round(performance.now() - began)} ms\\n${await answer.text()}`;
-};
-</script></html>
-"""
+def html(models: list[tuple[Identity, Reference | None]], encrypted: str) -> bytes:
+    """The page on which a person tries the models, each with what is known of its training rows."""
+    told = json.dumps([_told(model, known, encrypted) for model, known in models])
+    return _page().replace("@MODELS@", told.replace("<", "\\u003c")).encode()
+
+
+def _told(model: Identity, known: Reference | None, encrypted: str) -> dict[str, Any]:
+    schema, of = model.schema, {d.name: d for d in known.features} if known else {}
+    features = []
+    for feature in schema.features:
+        low, mean, high = known.ranges.get(feature.name, (None, None, None)) if known else (None, None, None)
+        values = of[feature.name].values[:KEPT_VALUES] if feature.name in of and feature.kind == "text" else ()
+        features.append({
+            "name": feature.name, "kind": feature.kind, "shape": feature.shape, "optional": feature.optional,
+            "low": low, "mean": mean, "high": high, "values": values if len(values) < KEPT_VALUES else (),
+        })  # fmt: skip
+    tasks = [{"name": t.name, "classes": t.classes} for t in schema.tasks]
+    return {
+        "name": model.name, "version": model.version, "target": schema.target, "classes": schema.classes, "tasks": tasks,
+        "features": features, "encrypted": encrypted,
+    }  # fmt: skip

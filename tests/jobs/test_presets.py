@@ -11,7 +11,7 @@ from heliograph.jobs.model import build
 from heliograph.project import Model
 
 MIXED = Schema(
-    task="several", target="kind, price", features=(Feature(name="x"),), ids={"words": 40},
+    task="several", target="kind, price", features=(Feature(name="x"),), vocabulary={"words": 40},
     inputs={"features": (3,), "photo": (9, 7, 3), "words": (6,)},
     tasks=(Task(name="kind", classes=("a", "b")), Task(name="price")),
 )  # fmt: skip

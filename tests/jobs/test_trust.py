@@ -209,7 +209,7 @@ def test_a_regression_has_no_robust_accuracy():
 
 def test_a_method_that_cannot_explain_the_data_is_a_line():
     words = Schema(
-        task="classification", target="y", classes=(0, 1), features=(Feature(name="x"),), inputs={"x": (9,)}, ids={"x": 9}
+        task="classification", target="y", classes=(0, 1), features=(Feature(name="x"),), inputs={"x": (9,)}, ids=("x",)
     )
     for method in ("expected_gradients", "lime"):
         with pytest.raises(ProjectError, match=f"explain.method: `{method}` .*: write `permutation`"):

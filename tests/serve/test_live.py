@@ -170,7 +170,7 @@ def test_the_metrics_are_the_sum_over_the_replicas(url):
 
 
 def test_the_page_and_the_client_without_waiting(url, room):
-    assert "pets@1" in httpx.get(f"{url}/docs").text
+    assert '"name": "pets", "version": 1' in httpx.get(f"{url}/docs").text
 
     async def work() -> list:
         async with AsyncClient(url, "pets", trust=room.keys.public_key()) as client:

@@ -289,4 +289,7 @@ def test_several_targets_are_answered_by_name(tmp_path):
     columns = pa.ipc.open_stream(answer.body).read_all()
     assert columns.column("pet prediction").to_pylist() == ["dog", "cat"]
     assert columns.column("weight prediction").to_pylist() == [6.5, 5.0]
-    assert b"of pet a probability for each of cat, dog; one value of weight" in room.ask("GET", "/docs").body
+    assert (
+        b'"tasks": [{"name": "pet", "classes": ["cat", "dog"]}, {"name": "weight", "classes": []}]'
+        in room.ask("GET", "/docs").body
+    )
