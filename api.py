@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import project
+from .names import Verb
 
 if TYPE_CHECKING:
     from .jobs.display import Display
@@ -82,7 +83,7 @@ def run(
     base = Path(folder)
     loaded = with_registry(with_port(project.load(base), port), registry)
     base, held = base.resolve(), run_folder(base, None if run is None else str(run))
-    require_role(key_store(loaded, base, held), project.Verb.TRAIN, loaded.name)
+    require_role(key_store(loaded, base, held), Verb.TRAIN, loaded.name)
     with opened(held, loaded.train.processes, display or Display()) as current:
         if not joined():
             first_request.require_port(loaded, current)

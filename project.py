@@ -2,18 +2,16 @@
 
 import ipaddress
 import itertools
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .errors import ProjectError
+from .names import FILE
 from .recipes import Compress, Trains
 from .settings import Section, read
 from .trust import Adversarial, Evaluate, Explain, Privacy
-
-FILE = "heliograph.yaml"
 
 
 class Split(Section):
@@ -342,8 +340,7 @@ class Fuse(Section):
 
 class Model(Section):
     build: Annotated[str, Field(pattern=r"^\w+:\w+$")] = "model:build"
-    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`; not used with `preset`,
-    `start` and `fuse`"""
+    """`file:function` in the project, such as `model:build`: `def build(schema, hp) -> keras.Model`"""
     preset: Literal["tabular", "image", "text"] | None = None
     """a ready-made model in the place of one's own: a perceptron beside a straight way, a small ResNet, a small transformer"""
     hp: dict[str, bool | int | float | str] = {}
@@ -559,18 +556,6 @@ class Replicas(Section):
         if self.min > self.max:
             raise ValueError(f"min is {self.min}, max is {self.max}: min must not be larger")
         return self
-
-
-class Verb(StrEnum):
-    """What an access token is for: to ask a model; to read what there is (models, metadata, the pages); to read the counts; to
-    train and publish versions; to put a version into production by a rollout that is judged; to do so at once."""
-
-    PREDICT = "predict"
-    READ = "read"
-    METRICS = "metrics"
-    TRAIN = "train"
-    DEPLOY = "deploy"
-    PROMOTE = "promote"
 
 
 class Jwt(Section):

@@ -4,21 +4,11 @@ A recipe is a list of steps. Steps that train (`distil`, `prune`, `channels`, `q
 step may say how its numbers are kept (`dynamic_range`, `float16`, `int8`, `int4`, `onnx_int8`). Each recipe is a candidate.
 """
 
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from .settings import Section
-
-
-class Format(StrEnum):
-    """What a model is written as for other programs."""
-
-    KERAS = "keras"
-    SAVEDMODEL = "savedmodel"
-    ONNX = "onnx"
-    LITERT = "litert"
 
 
 class Training(Section):

@@ -6,14 +6,18 @@ Exit codes: 0 done, 1 a bug of ours (its traceback is in the run's log), 2 a mis
 
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from .. import __version__, project
+from .. import __version__
 from ..errors import RunError
+from ..names import FILE
+
+if TYPE_CHECKING:
+    from ..project import Project
 
 
 class _Commands(TyperGroup):
@@ -67,7 +71,7 @@ app = typer.Typer(
     help="From raw data to a private prediction: prepare, train, evaluate, sign and serve a Keras model on Ray.\n\n"
     "Start with:  heliograph init my-project && heliograph run my-project",
 )
-ProjectFolder = Annotated[Path, typer.Argument(help=f"A folder that holds a {project.FILE}.")]
+ProjectFolder = Annotated[Path, typer.Argument(help=f"A folder that holds a {FILE}.")]
 RunFolder = Annotated[
     str | None, typer.Option("--run", help="The run's folder, or its home s3://BUCKET/FOLDER (default: PROJECT/runs/default).")
 ]
@@ -85,6 +89,13 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+def load(folder: Path) -> "Project":
+    """The project of a folder. Raises ProjectError. Not loaded before it is asked for, so that `--help` is quick."""
+    from .. import project
+
+    return project.load(folder)
+
+
 def run_folder(folder: Path, run: str | None) -> Path:
     """Where the run is on this machine; what is stored elsewhere is fetched first, once a command."""
     from ..cluster.mirror import placed
@@ -99,11 +110,11 @@ def run_folder(folder: Path, run: str | None) -> Path:
 _placed: dict[str, Path] = {}
 
 
-def with_port(loaded: project.Project, port: int | None) -> project.Project:
+def with_port(loaded: "Project", port: int | None) -> "Project":
     return loaded.model_copy(update={"serve": loaded.serve.model_copy(update={"port": port})}) if port else loaded
 
 
-def with_registry(loaded: project.Project, place: str | None) -> project.Project:
+def with_registry(loaded: "Project", place: str | None) -> "Project":
     from ..jobs.registry import registry_at
 
     return loaded.model_copy(update={"registry": str(registry_at(place, Path.cwd()))}) if place else loaded
@@ -112,4 +123,4 @@ def with_registry(loaded: project.Project, place: str | None) -> project.Project
 def keys_of(folder: Path, run: str | None) -> Any:
     from ..jobs.run import key_store
 
-    return key_store(project.load(folder), folder.resolve(), run_folder(folder, run))
+    return key_store(load(folder), folder.resolve(), run_folder(folder, run))

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import project
 from ..errors import ProjectError
-from . import ProjectFolder, RunFolder, app, run_folder
+from ..names import FILE
+from . import ProjectFolder, RunFolder, app, load, run_folder
 
 ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="The cluster file (default: the project's `cluster`).")]
 
@@ -38,7 +38,7 @@ def plan(
     from ..jobs.plan import lines
     from ..jobs.plan import plan as make
 
-    loaded = project.load(folder)
+    loaded = load(folder)
     file = _cluster_file(loaded, folder, cluster)
     made = make(loaded, file, run_folder(folder, run))
     if as_json:
@@ -80,7 +80,7 @@ def submit(
     if tune and serve:
         raise ProjectError("--tune --serve: one at a time")
     what = What.TUNE if tune else What.SERVE if serve else What.RUN
-    loaded = project.load(folder)
+    loaded = load(folder)
     file, run = _cluster_file(loaded, folder, cluster), run_name(loaded, name)
     called = what.job(run)
     described, capacity = spec.load(file)
@@ -199,9 +199,9 @@ def cluster_render(
         from ..jobs import kube
 
         if run:
-            made = kube.job(project.load(run), described, capacity)
+            made = kube.job(load(run), described, capacity)
         elif serve:
-            made = kube.service(project.load(serve), described, capacity)
+            made = kube.service(load(serve), described, capacity)
         else:
             made = render.manifest(described, capacity)
         typer.echo(render.text(made), nl=False)
@@ -277,7 +277,7 @@ def cluster_down(file: ClusterArgument) -> None:
         typer.echo(f"{described.name}: is down, nothing of it is left running")
 
 
-def _cluster_file(loaded: project.Project, folder: Path, cluster: Path | None) -> Path:
+def _cluster_file(loaded: Any, folder: Path, cluster: Path | None) -> Path:
     if cluster is None and loaded.cluster is None:
-        raise ProjectError(f"{folder / project.FILE}: names no cluster: add `cluster: FILE` or give --cluster FILE")
+        raise ProjectError(f"{folder / FILE}: names no cluster: add `cluster: FILE` or give --cluster FILE")
     return cluster or folder / Path(str(loaded.cluster)).expanduser()

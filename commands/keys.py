@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import project
 from ..errors import RunError
-from . import ProjectFolder, RunFolder, app, keys_of, run_folder
+from ..names import Verb
+from . import ProjectFolder, RunFolder, app, keys_of, load, run_folder
 
 
 @app.command("rotate-keys")
@@ -27,7 +27,7 @@ def rotate_keys(
     Example:  heliograph rotate-keys examples/digits --retire
               heliograph rotate-keys examples/digits --requests
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.run import rotate_keys as rotate
     from ..jobs.run import rotate_request_key
 
@@ -111,7 +111,7 @@ def token_add(
     folder: ProjectFolder,
     name: Annotated[str, typer.Option(help="Whose it is.")],
     model: Annotated[list[str] | None, typer.Option(help="A model that it is for; again for more (default: all).")] = None,
-    verb: Annotated[list[project.Verb] | None, typer.Option(help="Of what; again for more (default: predict, read).")] = None,
+    verb: Annotated[list[Verb] | None, typer.Option(help="Of what; again for more (default: predict, read).")] = None,
     days: Annotated[float | None, typer.Option(help="How long it is good for (default: until it is revoked).", min=0.001)] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, of each replica (default: any).", min=0.001)] = None,
     run: RunFolder = None,
@@ -120,7 +120,7 @@ def token_add(
 
     Example:  export HELIOGRAPH_TOKEN=$(heliograph token add . --name alice --days 30)
     """
-    made = _tokens(folder, run).add(name, model or [], verb or [project.Verb.PREDICT, project.Verb.READ], days, rate)
+    made = _tokens(folder, run).add(name, model or [], verb or [Verb.PREDICT, Verb.READ], days, rate)
     typer.echo(made)
 
 

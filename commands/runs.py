@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .. import project
 from ..errors import ProjectError, RunError
-from ..recipes import Format
-from . import AsJson, Port, ProjectFolder, RegistryPlace, RunFolder, app, run_folder
+from ..names import FILE, Format, Verb
+from . import AsJson, Port, ProjectFolder, RegistryPlace, RunFolder, app, load, run_folder
 
 
 @app.command()
@@ -28,7 +27,7 @@ def init(
 
     Example:  heliograph init my-project --data flowers.csv --target species
     """
-    if (folder / project.FILE).exists() or (folder / "model.py").exists():
+    if (folder / FILE).exists() or (folder / "model.py").exists():
         raise ProjectError(f"{folder}: holds a project already: name another folder")
     name = ("".join(c if c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-") or "project")[:63]
     if data is None and sys.stdin.isatty():
@@ -39,7 +38,7 @@ def init(
         template = Path(__file__).parent.parent / "examples" / "digits"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(template / "model.py", folder / "model.py")
-        (folder / project.FILE).write_text((template / project.FILE).read_text().replace("name: digits\n", f"name: {name}\n"))
+        (folder / FILE).write_text((template / FILE).read_text().replace("name: digits\n", f"name: {name}\n"))
         typer.echo(f"{folder}: a project that classifies handwritten digits; next: heliograph run {folder}")
         return
     from ..jobs import propose
@@ -56,7 +55,7 @@ def init(
         text = propose.propose(name, source, target, folder)
     propose.written(folder, text)
     typer.echo(text.splitlines()[0].split("`heliograph check`")[0].removeprefix("# ").strip())
-    typer.echo(f"{folder / project.FILE}: next: heliograph run {folder}")
+    typer.echo(f"{folder / FILE}: next: heliograph run {folder}")
 
 
 @app.command()
@@ -65,7 +64,7 @@ def check(folder: ProjectFolder) -> None:
 
     Example:  heliograph check examples/digits
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.check import check as check_project
 
     for line in check_project(loaded, folder.resolve()):
@@ -115,7 +114,7 @@ def doctor(
 
     Example:  heliograph doctor examples/digits
     """
-    loaded = project.load(folder) if folder else None
+    loaded = load(folder) if folder else None
     from dataclasses import asdict
 
     from ..jobs.display import Display
@@ -150,14 +149,14 @@ def export(
 
     Example:  heliograph export examples/digits digits-saved --format savedmodel
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.display import silenced
     from ..jobs.run import key_store
     from ..jobs.take_out import take_out
     from ..serve.access import require_role
 
     held = run_folder(folder, run)
-    require_role(key_store(loaded, folder.resolve(), held), project.Verb.READ, loaded.name)
+    require_role(key_store(loaded, folder.resolve(), held), Verb.READ, loaded.name)
     with silenced():
         said = take_out(loaded, folder.resolve(), held, to, form, format)
     typer.echo(said)
@@ -167,14 +166,14 @@ def export(
 def compare(
     first: Annotated[str, typer.Argument(help="NAME@VERSION of the registry, or the folder of a bundle.")],
     second: Annotated[str, typer.Argument(help="The other one.")],
-    folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {project.FILE}.")] = Path(),
+    folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {FILE}.")] = Path(),
     run: RunFolder = None,
 ) -> None:
     """Tell whether one model is really better than another, on the run's test rows, by paired tests.
 
     Example:  heliograph compare digits@1 digits@2 --project examples/digits
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.compare import compare as compare_models
     from ..jobs.compare import lines
     from ..jobs.display import Display, plain_table, silenced
@@ -184,7 +183,7 @@ def compare(
 
     held = run_folder(folder, run)
     keys = key_store(loaded, folder.resolve(), held)
-    require_role(keys, project.Verb.READ, loaded.name)
+    require_role(keys, Verb.READ, loaded.name)
     require_prepared(held, folder)
     models = registry(loaded, folder.resolve())
     places = (find(first, Path.cwd(), keys, models, "compare"), find(second, Path.cwd(), keys, models, "compare"))
@@ -201,7 +200,7 @@ def suspects(folder: ProjectFolder, run: RunFolder = None) -> None:
 
     Example:  heliograph suspects examples/digits
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.display import Display
     from ..jobs.run import key_store
     from ..jobs.suspects import suspects as look
@@ -209,7 +208,7 @@ def suspects(folder: ProjectFolder, run: RunFolder = None) -> None:
 
     held = run_folder(folder, run)
     keys = key_store(loaded, folder.resolve(), held)
-    require_role(keys, project.Verb.READ, loaded.name)
+    require_role(keys, Verb.READ, loaded.name)
     require_prepared(held, folder)
     display = Display()
     with display.open(), display.stage("suspects"):
@@ -231,7 +230,7 @@ def tune(folder: ProjectFolder, run: RunFolder = None) -> None:
 
     Example:  heliograph tune examples/digits
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.display import Display
     from ..jobs.run import key_store, opened
     from ..jobs.space import space_of
@@ -240,7 +239,7 @@ def tune(folder: ProjectFolder, run: RunFolder = None) -> None:
 
     space_of(loaded)
     held = run_folder(folder, run)
-    require_role(key_store(loaded, folder.resolve(), held), project.Verb.TRAIN, loaded.name)
+    require_role(key_store(loaded, folder.resolve(), held), Verb.TRAIN, loaded.name)
     with opened(held, loaded.train.processes, Display()) as current:
         lines = search(loaded, folder.resolve(), current)
     for line in lines:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import project
 from ..errors import RegistryError, RunError
-from . import Port, ProjectFolder, RegistryPlace, RunFolder, Trust, app, keys_of, run_folder, with_port, with_registry
+from ..names import FILE, Verb
+from . import Port, ProjectFolder, RegistryPlace, RunFolder, Trust, app, keys_of, load, run_folder, with_port, with_registry
 
 LOCAL = "http://127.0.0.1:8000"
 Url = Annotated[str, typer.Option(help="Where the endpoint is.")]
@@ -26,7 +26,7 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None, regis
 
     Example:  heliograph serve examples/digits --port 8000
     """
-    loaded = with_registry(with_port(project.load(folder), port), registry)
+    loaded = with_registry(with_port(load(folder), port), registry)
     from ..cluster.runtime import cluster_here, joined
     from ..jobs.run import key_store
     from ..jobs.run import registry as registry_of_project
@@ -64,12 +64,13 @@ def relay(
     Example:  heliograph relay http://127.0.0.1:8000 --port 8080
     """
     from ..errors import EndpointError
+    from ..project import Serve
     from ..serve.endpoint import check_port
     from ..serve.relay import run as relay_to
 
     if not to.startswith(("http://", "https://")):
         raise EndpointError(f"{to}: is no URL of an endpoint: write it with http:// or https://")
-    check_port(project.Serve(port=port))
+    check_port(Serve(port=port))
     typer.echo(f"relaying http://127.0.0.1:{port} to {to} (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):
         relay_to(to, "127.0.0.1", port)
@@ -79,7 +80,7 @@ def relay(
 @app.command()
 def deploy(
     model: Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its newest version.")],
-    project_folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {project.FILE}.")] = Path(),
+    project_folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {FILE}.")] = Path(),
     percent: Annotated[float, typer.Option(help="Of the requests that the new version gets.", min=0.1, max=100)] = 10.0,
     seconds: Annotated[float, typer.Option(help="It is judged for at least so long,", min=0)] = 60.0,
     requests: Annotated[int, typer.Option(help="and by at least so many requests.", min=1)] = 100,
@@ -113,10 +114,10 @@ def deploy(
     from ..jobs.run import key_store, registry
     from ..serve.access import require_role
 
-    loaded = project.load(project_folder)
+    loaded = load(project_folder)
     models = registry(loaded, project_folder.resolve())
     keys = key_store(loaded, project_folder.resolve(), run_folder(project_folder, run))
-    who = require_role(keys, project.Verb.PROMOTE if percent >= 100 or force else project.Verb.DEPLOY, name)
+    who = require_role(keys, Verb.PROMOTE if percent >= 100 or force else Verb.DEPLOY, name)
     version = version or max(models.versions(name), default=1)
     state = rollout.begin(models, name, version, percent, seconds, requests, force)
     forced = rollout.forced_past(models, name, version) if force else {}
@@ -170,7 +171,7 @@ def models_alias(
     name, version = parse(model)
     if alias == PRODUCTION or not re.fullmatch(ALIAS, alias) or version is None:
         raise RegistryError(f"`{model} {alias}`: name NAME@VERSION and an alias; `production` is moved by `heliograph deploy`")
-    require_role(keys_of(folder, run), project.Verb.DEPLOY, name)
+    require_role(keys_of(folder, run), Verb.DEPLOY, name)
     registry = registry_of(folder)
     registry.bundle(name, version)
     seen = registry.state(name)
@@ -191,7 +192,7 @@ def models_collect(
     from ..serve.access import require_role
 
     for name in (registry := registry_of(folder)).names():
-        require_role(keys_of(folder, run), project.Verb.PROMOTE, name)
+        require_role(keys_of(folder, run), Verb.PROMOTE, name)
         removed = registry.collect(name, keep)
         typer.echo(f"{name}: removed {', '.join(map(str, removed)) or 'nothing'}, {len(registry.versions(name))} versions stay")
 
@@ -199,7 +200,7 @@ def models_collect(
 def registry_of(folder: Path) -> Any:
     from ..jobs.run import registry
 
-    return registry(project.load(folder), folder.resolve())
+    return registry(load(folder), folder.resolve())
 
 
 @app.command()
@@ -294,7 +295,7 @@ def predict_dataset(
 
     Example:  heliograph predict-dataset examples/wine wine-2026.parquet predictions
     """
-    loaded = project.load(folder)
+    loaded = load(folder)
     from ..jobs.display import Display
     from ..jobs.predict import predict_source
 

@@ -12,8 +12,8 @@ from ..cluster.keys import KeyStore
 from ..cluster.sealed import copy
 from ..cluster.storage import publish_folder, read_json
 from ..errors import RunError
+from ..names import Format
 from ..project import Project
-from ..recipes import Format
 from . import bundle
 from .engine import FILES, TABLE, Engine, keras_model
 from .export import ROWS, difference, sample, saved_model

@@ -20,7 +20,8 @@ from ..cluster import storage
 from ..cluster.audit import Audit
 from ..cluster.keys import KeyStore
 from ..errors import AccessError, KeyStoreError, Overloaded, RequestError
-from ..project import Jwt, Verb
+from ..names import Verb
+from ..project import Jwt
 from .client import TOKEN_VARIABLE
 from .issuer import Issuer
 

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..cluster.audit import Audit
 from ..errors import CapsuleError, HeliographError, RegistryError, RequestError
-from ..project import Verb
+from ..names import Verb
 from . import arrow, bhttp, ohttp, oip, page, tfserving
 from .access import Guard
 from .messages import MAX_BODY, TOO_LARGE, Answer, Ask, Request, answered, json_answer

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import jwt
 
-from ..project import Jwt, Verb
+from ..names import Verb
+from ..project import Jwt
 
 log = logging.getLogger("heliograph")
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")

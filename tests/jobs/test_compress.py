@@ -17,7 +17,7 @@ from heliograph.jobs import channels, export, shaping
 from heliograph.jobs.engine import Engine
 from heliograph.jobs.stages import Run
 from heliograph.jobs.take_out import take_out
-from heliograph.recipes import Format
+from heliograph.names import Format
 
 from ..conftest import executed
 

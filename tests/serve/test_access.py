@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from heliograph import Client
 from heliograph.cluster.audit import Audit
 from heliograph.errors import AccessError, KeyStoreError, RequestError
-from heliograph.project import Jwt, Serve, Verb
+from heliograph.names import Verb
+from heliograph.project import Jwt, Serve
 from heliograph.serve import bhttp, ohttp
 from heliograph.serve.access import Tokens, require_role
 from heliograph.serve.application import Seen

@@ -19,7 +19,8 @@ from heliograph.cluster.keys import KeyStore
 from heliograph.cluster.runtime import free_port
 from heliograph.cluster.tls import endpoint_pem
 from heliograph.errors import EndpointError, KeyStoreError
-from heliograph.project import Serve, Verb
+from heliograph.names import Verb
+from heliograph.project import Serve
 from heliograph.serve.access import Tokens
 from heliograph.serve.client import Client
 from heliograph.serve.endpoint import Endpoint, check_port
