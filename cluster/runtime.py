@@ -11,6 +11,7 @@ when it is imported, and keeps the first token that it used: so they are set her
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -300,6 +301,10 @@ def _uninterrupted() -> Iterator[None]:
         yield
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Why a disk takes no more."""
+
+
 def explained(error: BaseException) -> HeliographError | None:
     """The HeliographError that lies inside what Ray raised, if a worker raised one.
 
@@ -314,7 +319,12 @@ def explained(error: BaseException) -> HeliographError | None:
         inner += getattr(current, "worker_failures", {}).values()
         seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
     said = re.findall(rf"^{errors.__name__}\.(\w+): (.+)$", str(error), re.MULTILINE)
-    return getattr(errors, said[-1][0])(said[-1][1]) if said else None
+    if said:
+        return getattr(errors, said[-1][0])(said[-1][1])
+    full = re.search(rf"\[Errno (?:{'|'.join(map(str, FULL))})\][^\n]*", "\n".join(map(str, seen)))
+    return (
+        errors.StorageError(f"{full[0]}: make room, or name another --run: the same command goes on from there") if full else None
+    )
 
 
 def project_imports(folder: Path) -> None:

@@ -73,8 +73,10 @@ def replace_folder(new: Path, path: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone; the system lets go when the process ends, however it ends.
 
-    Raises RunError when another process holds it.
+    Raises RunError when another process holds it, and where it is no folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file: a run is a folder: name another --run")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as lock:
         try:

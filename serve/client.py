@@ -27,7 +27,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from ..errors import CapsuleError, EndpointError, RequestError, SignatureError
+from ..errors import CapsuleError, EndpointError, KeyStoreError, RequestError, SignatureError
 from . import bhttp, ohttp
 
 JSON = "application/json"
@@ -86,6 +86,8 @@ class _Talk:
         self._authorization = f"Bearer {token}" if token else ""
         self._place = f"/v1/models/{quote(model, safe='')}" + (f"/versions/{version}" if version is not None else "")
         self._trust = Path(trust) if trust else None
+        if self._trust and not self._trust.is_file():
+            raise KeyStoreError(f"{trust}: not found: name the public key of the endpoint's signer (RUN/keys/signing.pub)")
         self._timeout, self._retries, self._saved = timeout, retries, MOST_SAVED
         self._config: ohttp.KeyConfig | None = None
         self._config_until = 0.0
