@@ -77,6 +77,7 @@ def run(
     from .jobs import report
     from .jobs.display import Display
     from .jobs.run import execute, key_store, opened
+    from .jobs.track import require_mlflow, track
     from .serve import first_request
     from .serve.access import require_role
 
@@ -84,6 +85,7 @@ def run(
     loaded = with_registry(with_port(project.load(base), port), registry)
     base, held = base.resolve(), run_folder(base, None if run is None else str(run))
     require_role(key_store(loaded, base, held), Verb.TRAIN, loaded.name)
+    require_mlflow(loaded)
     with opened(held, loaded.train.processes, display or Display()) as current:
         if not joined():
             first_request.require_port(loaded, current)
@@ -91,4 +93,6 @@ def run(
         if not joined():  # a cluster's own endpoints are for what it serves
             first_request.execute(loaded, base, current)
         models = loaded.registry if "://" in loaded.registry else str(Path(folder) / loaded.registry)
-        return Run(held, loaded.name, version, models, report.write(loaded, current))
+        made = report.write(loaded, current)
+        track(loaded, base, current, made)
+        return Run(held, loaded.name, version, models, made)

@@ -32,52 +32,71 @@ class HeliographError(Exception):
 
 
 class ProjectError(HeliographError):
-    """Several problems of one project file, a line each."""
+    """`heliograph.yaml` says something that cannot be; a line each, where there are several problems. Mend the line that the
+    message names; `heliograph check` tries it without starting anything."""
 
 
-class DataError(HeliographError): ...
+class DataError(HeliographError):
+    """The source, a column or a split is not usable. The message names the file and the column; `heliograph check` shows what a
+    source holds."""
 
 
-class ModelError(HeliographError): ...
+class ModelError(HeliographError):
+    """The project's model does not import, build or fit the schema. The message names the file and the line of `model.py`."""
 
 
-class KeyStoreError(HeliographError): ...
+class KeyStoreError(HeliographError):
+    """A key is missing, damaged or open to others. Keys lie in RUN/keys: fetch them from where the run was made, or
+    `chmod 600` them; what was sealed with a lost key stays closed."""
 
 
-class AccessError(HeliographError): ...
+class AccessError(HeliographError):
+    """A token does not allow what was asked for. Its owner can see what it is for; whoever runs the endpoint makes another one
+    with `heliograph token add`."""
 
 
-class AuditError(HeliographError): ...
+class AuditError(HeliographError):
+    """The audit log was changed behind heliograph's back. Keep it, and compare it with a copy from elsewhere."""
 
 
-class SealError(HeliographError): ...
+class SealError(HeliographError):
+    """A sealed file was changed, cut, or put in another's place. Fetch it again from where it was made."""
 
 
-class BundleError(HeliographError): ...
+class BundleError(HeliographError):
+    """A bundle is incomplete, or cannot answer. Run the project again, or copy the whole folder."""
 
 
-class SignatureError(BundleError): ...
+class SignatureError(BundleError):
+    """A bundle was changed after it was signed, or somebody else signed it. Do not serve it; name the signer's own key."""
 
 
-class RegistryError(HeliographError): ...
+class RegistryError(HeliographError):
+    """The registry does not have such a model or version, or may not give it out. `heliograph deploy` lists what there is."""
 
 
-class RolledBack(RegistryError): ...
+class RolledBack(RegistryError):
+    """A version did not prove itself in production, and the one before it answers again. The message says what it did worse."""
 
 
-class StorageError(HeliographError): ...
+class StorageError(HeliographError):
+    """Object storage cannot be reached or refuses, or a disk is full. Mend that, and the same command goes on."""
 
 
-class RunError(HeliographError): ...
+class RunError(HeliographError):
+    """The run's folder is in use, holds something else, or lacks what the command needs."""
 
 
-class ClusterError(HeliographError): ...
+class ClusterError(HeliographError):
+    """A cluster cannot be started, reached or asked for what it was. `heliograph plan` says what a run needs."""
 
 
-class EndpointError(HeliographError): ...
+class EndpointError(HeliographError):
+    """The endpoint cannot be started or reached. Is `heliograph serve` running, and is the URL its own?"""
 
 
-class PortInUse(EndpointError): ...
+class PortInUse(EndpointError):
+    """Something else listens on the port. Stop it, or name another one with --port."""
 
 
 class RequestError(HeliographError):
@@ -94,10 +113,13 @@ class RequestError(HeliographError):
 
 
 class Overloaded(RequestError):
+    """More is asked for than can be answered in time. Try again after `retry_after` seconds; clients of ours do."""
+
     retry_after = 1
 
     def __init__(self, message: str = "more is asked for than can be answered in time: try again", status: int = 503):
         super().__init__(message, status)
 
 
-class CapsuleError(RequestError): ...
+class CapsuleError(RequestError):
+    """An encapsulated request or answer cannot be opened. Fetch the key configuration again: keys change."""

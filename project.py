@@ -724,6 +724,8 @@ class Project(Section):
     """A folder of keys (default: `keys` in the run's folder)."""
     cluster: str | None = None
     """A cluster file, relative to the project, for `heliograph plan` and `heliograph submit`."""
+    mlflow: str | None = None
+    """where runs are logged for MLflow, too: a folder, relative to the project, such as `mlruns`, or a tracking server's URL"""
     registry: str = "registry"
     """Bundles by name and version: a folder, relative to the project, or `s3://BUCKET/FOLDER`."""
 

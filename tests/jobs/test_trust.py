@@ -98,6 +98,26 @@ def test_scikit_learn_stands_beside_the_model_and_nothing_is_hidden(run):
         assert model["verdict"] in ("no difference is shown", "the model is better", "the model is worse")
 
 
+def test_mlflow_reads_a_run_back(run, tmp_path, monkeypatch):
+    from heliograph.jobs import report
+    from heliograph.jobs.track import track
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    loaded = project.load(run.folder.parent.parent).model_copy(update={"mlflow": str(tmp_path / "mlruns")})
+    made = report.write(loaded, run)
+    for _ in range(2):  # the second finds that it is logged
+        track(loaded, tmp_path, run, made)
+    client = MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("iris").experiment_id])
+    assert found.data.metrics["test_accuracy"] == made["test"]["accuracy"]
+    assert found.data.params["train.epochs"] == "25"
+    assert [m.step for m in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, 26))
+    assert {a.path for a in client.list_artifacts(found.info.run_id)} == {"report.html", "README.md"}
+    assert found.info.status == "FAILED"  # one gate is not reached, and the version is not for production
+
+
 def test_explanations_add_up_and_name_what_counts(run):
     said = read(run, "explain", "explain.json")
     assert said["additivity_gap"] < 0.05
