@@ -1,7 +1,9 @@
 """Commands of a project: make one, check it, run it, search it."""
 
+import contextlib
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -133,6 +135,29 @@ def doctor(
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
     if any(each.state == "bad" for each in found):
         raise typer.Exit(2)
+
+
+@app.command()
+def ui(
+    folder: ProjectFolder,
+    run: RunFolder = None,
+    port: Annotated[int, typer.Option(help="Listen on this port of 127.0.0.1.", min=1, max=65535)] = 8002,
+) -> None:
+    """Show a run in the browser while it works, and its report when it has ended; until Ctrl-C.
+
+    Example:  heliograph ui examples/digits
+    """
+    load(folder)
+    from ..jobs.live import served
+
+    held = run_folder(folder, run)
+    if not held.is_dir():
+        raise RunError(f"{held}: there is no such run yet: `heliograph run {folder}` makes it")
+    with served(held, port) as url:
+        typer.echo(f"{url} shows {held} (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    typer.echo("stopped", err=True)
 
 
 @app.command()

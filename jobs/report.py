@@ -174,7 +174,7 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     parts.append(_data(profile))
     if fusion := train.get("fusion"):
         parts.append(_fusion(fusion, main[0]))
-    parts.append(f"<h2>Training</h2>{_curves(history) if history else ''}{table(('what', 'value'), facts)}")
+    parts.append(f"<h2>Training</h2>{curves(history) if history else ''}{table(('what', 'value'), facts)}")
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
     if report["baseline"]:
         parts.append(_beside(report["baseline"], test))
@@ -295,7 +295,8 @@ def _bars(profile: dict[str, Any]) -> str:
     return svg({"facet": facet, "columns": 3, "spec": bars, "resolve": shared, "data": {"values": values}})
 
 
-def _curves(history: list[dict]) -> str:
+def curves(history: list[dict]) -> str:
+    """Loss and metrics by epoch, of training and validation rows."""
     values = [
         {
             "epoch": line["epoch"],

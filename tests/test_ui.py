@@ -1,0 +1,60 @@
+"""A run's page while it works and after, as a browser asks for it."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from heliograph.errors import PortInUse
+from heliograph.jobs.live import part, served
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """In the middle of its training, as the files of a run say it."""
+    folder = tmp_path / "iris" / "runs" / "default"
+    work = folder / ".work" / "train-0123456789abcdef"
+    (folder / "stages").mkdir(parents=True)
+    work.mkdir(parents=True)
+    (folder / ".lock").write_text(str(os.getpid()))
+    (folder / "stages" / "prepare.json").write_text(json.dumps({"name": "prepare", "fingerprint": "f", "seconds": 2.5}))
+    (folder / "run.log").write_text("one line\n<b>another</b>\n")
+    epochs = [{"epoch": e, "step": 4 * e, "loss": 1 / e, "val_loss": 1.2 / e} for e in (1, 2)]
+    steps = [{"step": s, "epoch": 2, "end": 40, "loss": 1 / s, "rows_per_second": 100.0} for s in range(1, 9)]
+    events = [{"step": 5, "kind": "anomaly", "text": "the loss is far from what it was"}]
+    for name, lines in (("metrics", epochs), ("steps", steps), ("events", events)):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_page_shows_what_is_at_work_and_then_the_report(run):
+    with served(run, 0) as url:
+        assert "<script>" in httpx.get(url).text
+        first = httpx.get(f"{url}part")
+        assert "train is at work" in first.text
+        for said in ("prepare", "2.5 s", "Step 8 of 40, epoch 2", "the loss is far from what it was", "&lt;b&gt;another"):
+            assert said in first.text
+        assert first.text.count("<svg") == 2
+        assert "run-ended" not in first.headers
+        assert httpx.get(f"{url}report.html").status_code == 404
+        (run / ".work" / "train-0123456789abcdef").replace(run / "train")
+        (run / "stages" / "train.json").write_text(json.dumps({"name": "train", "fingerprint": "f", "seconds": 9.0}))
+        assert "nothing is at work" in httpx.get(f"{url}part").text
+        time.sleep(0.02)
+        (run / "report.html").write_text("the report")
+        last = httpx.get(f"{url}part")
+        assert last.headers["run-ended"] == "yes"
+        assert httpx.get(f"{url}report.html").text == "the report"
+        port = int(url.rstrip("/").rsplit(":")[-1])
+        with pytest.raises(PortInUse, match="in use: name another one with --port"), served(run, port):
+            pass
+
+
+def test_what_has_not_changed_is_not_sent_again_and_a_dead_run_is_not_at_work(run):
+    (run / ".lock").write_text("999999999")
+    assert "nothing is at work" in part(run)[0]
+    with served(run, 0) as url:
+        tag = httpx.get(f"{url}part").headers["etag"]
+        assert httpx.get(f"{url}part", headers={"if-none-match": tag}).status_code == 304
