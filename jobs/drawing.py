@@ -10,7 +10,7 @@ INK = "#010203"
 
 def table(head: tuple[str, ...], rows: list[Any]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>{body}</table>"
+    return f"<table tabindex=0><tr>{''.join(f'<th scope=col>{h}</th>' if h else '<td></td>' for h in head)}</tr>{body}</table>"
 
 
 def svg(spec: dict[str, Any]) -> str:
@@ -41,11 +41,13 @@ _HTML = """<!doctype html>
 :root {{ color-scheme: light dark }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
 .lead {{ font-size: 1.15rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
+table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
 th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8883 }}
 td {{ font-variant-numeric: tabular-nums }}
 figure {{ margin: 1rem 0; overflow-x: auto }}
 svg {{ max-width: 100%; height: auto; overflow: visible }}
+pre {{ overflow-x: auto }}
+@media print {{ figure, tr, details {{ break-inside: avoid }} table {{ display: table }} }}
 </style>
-<body>{body}</body></html>
+<body><main>{body}</main></body></html>
 """

@@ -130,7 +130,7 @@ def served(folder: Path, port: int) -> Iterator[str]:
             match self.path:
                 case "/":
                     gone = "<p id=gone hidden role=alert>The page's server has ended.</p>"
-                    self._send(page("heliograph", f"{gone}<main id=part aria-live=polite></main>{SCRIPT}"))
+                    self._send(page("heliograph", f"{gone}<div id=part aria-live=polite></div>{SCRIPT}"))
                 case "/part":
                     text, ended = part(folder)
                     tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'

@@ -133,3 +133,17 @@ def test_axe_finds_no_serious_violation_and_nothing_sticks_out(page, scheme, wid
     found = Axe().run(page).response["violations"]
     assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1000), ("dark", 1000), ("light", 400)])
+def test_a_report_is_whole_without_a_network_and_open_to_everybody(browser, digits, scheme, width):
+    page, complaints = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900}), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto((digits / "runs" / "default" / "report.html").as_uri())
+    expect(page.locator("svg")).to_have_count(5)
+    found = Axe().run(page).response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert complaints == []
+    page.close()
