@@ -79,6 +79,7 @@ def run(
     run: RunFolder = None,
     port: Port = None,
     registry: RegistryPlace = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a project: prepare, train, evaluate, validate, bundle, then one sealed request to a real endpoint.
 
@@ -95,14 +96,17 @@ def run(
 
     display = Display()
     made = done(folder, run, port=port, registry=registry, display=display)
-    display.console.print(stage_table(made.report["stages"]))
-    if made.report["compress"]:
-        display.console.print(form_table(*report.forms(made.report["compress"], short=True)))
-    for line in report.summary(made.report):
-        typer.echo(line)
-    typer.echo(f"model: {made.name}@{made.version} in {made.registry}")
-    serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
-    typer.echo(f"report: {made.folder / 'report.html'}{serving}")
+    if as_json:
+        typer.echo(json.dumps(made.report, indent=1))
+    else:
+        display.console.print(stage_table(made.report["stages"]))
+        if made.report["compress"]:
+            display.console.print(form_table(*report.forms(made.report["compress"], short=True)))
+        for line in report.summary(made.report):
+            typer.echo(line)
+        typer.echo(f"model: {made.name}@{made.version} in {made.registry}")
+        serving = "" if joined() else f"; to keep serving: heliograph serve {folder}"
+        typer.echo(f"report: {made.folder / 'report.html'}{serving}")
     if made.failed:
         raise RunError(f"{made.name}@{made.version} is not for production: {'; '.join(made.failed)}")
 
@@ -189,10 +193,11 @@ def export(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="NAME@VERSION of the registry, or the folder of a bundle.")],
+    first: Annotated[str, typer.Argument(help="NAME@VERSION of the registry, or the folder of a run or a bundle.")],
     second: Annotated[str, typer.Argument(help="The other one.")],
     folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {FILE}.")] = Path(),
     run: RunFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell whether one model is really better than another, on the run's test rows, by paired tests.
 
@@ -214,6 +219,9 @@ def compare(
     places = (find(first, Path.cwd(), keys, models, "compare"), find(second, Path.cwd(), keys, models, "compare"))
     with silenced():
         found = compare_models(places, held / "prepare", keys if loaded.data.encrypt else None, keys)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
     head = ("figure", first, second, "difference (95 %)", "better")
     Display().console.print(plain_table(head, lines(found)))
     typer.echo(f"{found['rows']:,} test rows; {found['test']}: {found['verdict']}")
