@@ -126,7 +126,10 @@ def token_add(
 
 @tokens.command("list")
 def token_list(folder: ProjectFolder, run: RunFolder = None) -> None:
-    """Show the tokens there are, a JSON object a line; the tokens themselves are nowhere."""
+    """Show the tokens there are, a JSON object a line; the tokens themselves are nowhere.
+
+    Example:  heliograph token list examples/digits
+    """
     for token in _tokens(folder, run).all():
         typer.echo(token.model_dump_json(exclude={"sha256"}))
 
@@ -137,7 +140,10 @@ def token_revoke(
     identity: Annotated[str, typer.Argument(help="Its id: what stands between the `_` of hg_ID_…")],
     run: RunFolder = None,
 ) -> None:
-    """Remove a token: the next request with it is refused."""
+    """Remove a token: the next request with it is refused.
+
+    Example:  heliograph token revoke examples/digits phone
+    """
     typer.echo(f"revoked: {_tokens(folder, run).revoke(identity).name}'s token {identity}")
 
 

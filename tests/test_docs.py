@@ -55,6 +55,15 @@ def test_every_command_of_a_page_exists_with_its_options(page):
                 assert word.split("=")[0] in options, f"{page.name}: `{' '.join(words)}`: {within} has no {word}"
 
 
+def test_every_command_teaches_by_an_example():
+    waiting = [("heliograph", get_command(app))]
+    while waiting:
+        name, command = waiting.pop()
+        inner = getattr(command, "commands", {})
+        waiting += [(f"{name} {each}", found) for each, found in inner.items()]
+        assert inner or "Example:" in (command.help or ""), f"{name} --help has no example"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_blocks_of_python_and_yaml_can_be_read(page):
     for block in blocks(page, "python"):
