@@ -354,7 +354,9 @@ class Model(Section):
     def _is_made_one_way(self):
         made = [name for name in ("preset", "start", "fuse") if getattr(self, name)]
         if len(made) > 1:
-            raise ValueError(f"a model is a preset, starts from another or is fused of others: write one of {', '.join(made)}")
+            raise ValueError(
+                f"a model is a preset, starts from another or is fused of others: write {' or '.join(f'`{n}`' for n in made)}"
+            )
         return self
 
     def started_from(self, place: Path) -> "Model":

@@ -142,7 +142,7 @@ def token_revoke(
 ) -> None:
     """Remove a token: the next request with it is refused.
 
-    Example:  heliograph token revoke examples/digits phone
+    Example:  heliograph token revoke examples/digits 3f9c2a1b
     """
     typer.echo(f"revoked: {_tokens(folder, run).revoke(identity).name}'s token {identity}")
 

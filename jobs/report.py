@@ -67,6 +67,8 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"sealed request: predicted {request['prediction']}{sure}, truth {request['truth']}; "
             f"differs from the local model by {request['gap_to_local_model']:.1e}"
         )
+        if not any(stage["reused"] for stage in report["stages"]):
+            said.append(f"from raw data to this first private prediction: {report['seconds']:.0f} s")
     if report["compress"]:
         said.append(_chosen(report["compress"]))
     return said

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def track(project: Project, base: Path, run: Run, report: dict[str, Any]) -> Non
         experiment = known.experiment_id if known else client.create_experiment(project.name)
         logged = client.create_run(experiment, run_name=run.folder.name).info.run_id
         settings = _flat(project.model_dump(mode="json", exclude_defaults=True))
-        params = [Param(key, str(value)[:LONGEST]) for key, value in settings.items()]
+        params = [Param(re.sub(r"[^\w\-./: ]", "_", key), str(value)[:LONGEST]) for key, value in settings.items()]
         now = int(1000 * time.time())
         metrics = [
             Metric(key, float(value), now, int(line["epoch"])) for line in read_lines(run["train"] / METRICS)
