@@ -5,7 +5,7 @@
 The reference is shap's permutation explainer, 50 background rows: 20 × 61 answers a row, whose time is compared, and 200 × 61,
 which is nearer to what both estimate. Expected gradients are ours, in one process, TensorFlow's tracing counted; correlations are
 over all values of all rows. Two networks: the example as it is, which is sure of nearly every row, and one with smoothed labels.
-`two workers` explains a larger set (test rows with noise) by our Shapley values, in one process and by Ray Data over two tasks
+`two workers` explains a larger set (test rows with noise) by our Shapley values, in one process and over two Ray tasks
 whose start is counted.
 """
 

@@ -11,7 +11,7 @@ that the model reads, after preprocessing (of an image, its pixels or patches of
                           al., Sampling permutations for Shapley value estimation, 2022)
     shap, lime            the libraries of these names, where they are installed
 
-Ray Data divides the rows among tasks where that is worth a task's start. Random orders are drawn by the row's own number.
+Rows are divided among Ray's tasks where that is worth a task's start. Random orders are drawn by the row's own number.
 """
 
 import functools
@@ -328,7 +328,6 @@ def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[
 def _local(work: _Local) -> np.ndarray:
     """Here, or by tasks where that is worth it."""
     import ray
-    import ray.data
 
     rows = len(work.outputs)
     size = sum(int(np.prod(v.shape[1:])) for v in work.rows.values())
@@ -336,18 +335,10 @@ def _local(work: _Local) -> np.ndarray:
     cost = rows * size * asked.get(work.settings.method, 100) * len(next(iter(work.background.values())))
     tasks = min(int(ray.cluster_resources().get("CPU", 1)), rows, max(1, cost // WORTH))
     gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
+    numbers = np.array_split(np.arange(rows), tasks)
+    task: Any = ray.remote(num_gpus=gpus, max_calls=1)(_Local.of)  # its process ends with it, or TensorFlow kept the GPU's memory
     held = ray.put(work)
-
-    def some(batch: Any) -> Any:
-        return {"id": batch["id"], "values": ray.get(held).of(batch["id"])}
-
-    # A task's process ends with it, or TensorFlow would keep the GPU's memory.
-    numbers = ray.data.range(rows, override_num_blocks=tasks)
-    done = numbers.map_batches(some, batch_size=None, num_gpus=gpus or None, max_calls=1)
-    found = np.empty((rows, len(work.who)))
-    for batch in done.iter_batches(batch_size=None):
-        found[batch["id"]] = batch["values"]
-    return found
+    return np.concatenate(ray.get([task.remote(held, part) for part in numbers]))
 
 
 def _attention(sources: Sources, rows: Inputs, folder: Path) -> dict[str, Any]:
