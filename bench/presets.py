@@ -21,12 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
-    from heliograph.jobs.propose import propose
+    from heliograph.jobs.propose import columns_of, propose
 
     found: dict[str, list[float]] = {}
     worse = 0
     with tempfile.TemporaryDirectory() as temp:
-        texts = {name: propose(name.replace("_", "-"), f"sklearn://{name}", "target", Path(temp)) for name in SETS}
+        texts = {}
+        for name in SETS:
+            source = f"sklearn://{name}"
+            texts[name] = propose(name.replace("_", "-"), source, columns_of(source), "target", Path(temp))
         with cluster() as running:
             for seed in range(chosen.seeds):
                 for name, figure in SETS.items():

@@ -322,9 +322,9 @@ def explained(error: BaseException) -> HeliographError | None:
     if said:
         return getattr(errors, said[-1][0])(said[-1][1])
     full = re.search(rf"\[Errno (?:{'|'.join(map(str, FULL))})\][^\n]*", "\n".join(map(str, seen)))
-    return (
-        errors.StorageError(f"{full[0]}: make room, or name another --run: the same command goes on from there") if full else None
-    )
+    if full is None:
+        return None
+    return errors.StorageError(f"{full[0]}: make room, or name another --run: the same command goes on from there")
 
 
 def project_imports(folder: Path) -> None:

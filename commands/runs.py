@@ -47,14 +47,14 @@ def init(
     from ..jobs.display import silenced
 
     source = propose.found(data)
+    head = propose.columns_of(source)
     if target is None:
-        head = propose.columns_of(source)
         target = propose.likely_target(head)
         if sys.stdin.isatty():
             target = typer.prompt(f"column to predict, of {', '.join(head.column_names)}", default=target)
     assert target
     with silenced():
-        text = propose.propose(name, source, target, folder)
+        text = propose.propose(name, source, head, target, folder)
     propose.written(folder, text)
     typer.echo(text.splitlines()[0].split("`heliograph check`")[0].removeprefix("# ").strip())
     typer.echo(f"{folder / FILE}: next: heliograph run {folder}")

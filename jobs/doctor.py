@@ -155,7 +155,7 @@ def _port(project: Project | None) -> Finding:
 
 
 def _keys(project: Project, base: Path) -> Iterator[Finding]:
-    from ..jobs.run import key_store
+    from .run import key_store
 
     held = key_store(project, base, base / "runs" / "default")
     if not held.folder.is_dir():

@@ -317,8 +317,7 @@ def explain(sources: Sources, settings: Explain, folder: Path, update: Callable[
     said["dependence"] = dependence(engine, columns, said["importance"], settings.dependence)
     if any(p.place for p in who):
         said["map"] = _map(local, who)
-    if (sources.trained / FILES["keras"]).is_file():
-        said |= _attention(sources, rows, folder)
+    said |= _attention(sources, rows, folder)
     write_json(folder / EXPLAINED, said)
     names = [str(p) for p in who]
     table = {"prediction": pa.array([str(schema.classes[i]) for i in explained] if schema.classes else outputs[:, 0])}
@@ -346,7 +345,7 @@ def _attention(sources: Sources, rows: Inputs, folder: Path) -> dict[str, Any]:
     import ray
 
     file = sources.trained / FILES["keras"]
-    if not attention.has_attention(read(file, Seal.of(file.parent, sources.sealing))):
+    if not file.is_file() or not attention.has_attention(read(file, Seal.of(file.parent, sources.sealing))):
         return {}
     task: Any = ray.remote(num_cpus=0, max_calls=1)(_attended)
     weights: Any = ray.get(task.remote(sources, {n: v[: attention.MOST_ROWS] for n, v in rows.items()}))

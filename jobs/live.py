@@ -79,7 +79,7 @@ def _held(folder: Path) -> bool:
 
 
 def _training(place: Path) -> str:
-    history, steps, events = (read_lines(place / name) if (place / name).exists() else [] for name in (METRICS, STEPS, EVENTS))
+    history, steps, events = (read_lines(place / name) for name in (METRICS, STEPS, EVENTS))
     if not history and not steps:
         return ""
     parts = ["<h2>Training</h2>", curves(history) if history else ""]

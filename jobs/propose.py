@@ -6,9 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from ..cluster.runtime import LocalCluster
 from ..datasets.schema import Schema, listed
-from ..datasets.sources import FunctionSource, open_source
+from ..datasets.sources import PieceSource, open_source
 from ..errors import DataError
 from ..project import FILE, Data
 from .prepare import sniff
@@ -23,12 +22,14 @@ STEPS = 3_000
 
 
 def columns_of(source: str) -> pa.Table:
-    """The first rows. Raises DataError."""
-    with LocalCluster() as cluster:
-        opened = open_source(Data(source=source), Path.cwd())
-        if isinstance(opened, FunctionSource):
-            cluster.start()
-        return opened.head()
+    """The first rows of a source, as `found` says it. Raises DataError."""
+    return _opened(Data(source=source)).head()
+
+
+def _opened(data: Data) -> PieceSource:
+    source = open_source(data, Path.cwd())
+    assert isinstance(source, PieceSource)  # a function has no place from which it could be opened
+    return source
 
 
 def likely_target(head: pa.Table) -> str:
@@ -66,19 +67,15 @@ def _says_nothing(head: pa.Table, name: str) -> str:
     return ""
 
 
-def propose(name: str, source: str, target: str, folder: Path) -> str:
-    """The text of the project file of `folder`. source: as `found` says it. Raises DataError."""
-    head = columns_of(source)
+def propose(name: str, source: str, head: pa.Table, target: str, folder: Path) -> str:
+    """The text of the project file of `folder`. source: as `found` says it; head: its `columns_of`. Raises DataError."""
     if target not in head.column_names:
         raise DataError(f"{source}: has no column `{target}`: its columns are {listed(head.column_names)}")
     left = {n: why for n in head.column_names if n != target and (why := _says_nothing(head, n))}
     features = [n for n in head.column_names if n not in (target, *left)] if left else None
     data = Data(source=source, target=target, features=features)
-    with LocalCluster() as cluster:
-        if isinstance(open_source(data, folder), FunctionSource):
-            cluster.start()
-        schema, preprocessing = sniff(data, folder)
-    rows, preset = _rows(data, folder), proposed(schema)
+    schema, preprocessing = sniff(data, folder)
+    rows, preset = _rows(data), proposed(schema)
     shown = source if "://" in source else os.path.relpath(source, folder.absolute())
     lines = [f"# {_sentence(schema, rows)} `heliograph check` shows what was found; every key: README.md.", f"name: {name}", ""]
     lines += ["data:", f"  source: {_quoted(shown)}", f"  target: {_quoted(target)}"]
@@ -104,10 +101,8 @@ def propose(name: str, source: str, target: str, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _rows(data: Data, folder: Path) -> int:
-    source = open_source(data, folder)
-    if isinstance(source, FunctionSource):
-        return FEW
+def _rows(data: Data) -> int:
+    source = _opened(data)
     return sum(len(chunk.table) for piece in source.pieces() for chunk in source.read(piece, [data.one]))
 
 

@@ -110,6 +110,14 @@ class Facts:
         return cls((bundle / SIGNATURE).stat().st_mtime, read_json(bundle / "bundle.json"), test)
 
 
+def alone(folder: Path, name: str, bundle: Path) -> "Registry":
+    """A new registry of one bundle, which is in production whatever it had to reach."""
+    models = Registry(folder)
+    version, state = models.add(name, bundle), models.state(name)
+    models.replace(name, state, state.moved(PRODUCTION, version))
+    return models
+
+
 class Registry:
     seconds = 0.5
     """Between two looks of those who follow it."""

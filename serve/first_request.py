@@ -15,7 +15,7 @@ from ..datasets.schema import Columns, Schema, to_instances, to_numpy
 from ..datasets.shards import TARGET, Manifest
 from ..jobs.display import silenced
 from ..jobs.engine import Engine
-from ..jobs.registry import PRODUCTION, Registry
+from ..jobs.registry import alone
 from ..jobs.run import key_store
 from ..jobs.stages import Run, Stage
 from ..project import Project
@@ -29,12 +29,10 @@ def execute(project: Project, base: Path, run: Run) -> None:
     assert isinstance(cluster, LocalCluster)
 
     def work(folder: Path) -> None:
-        models = Registry(folder / "registry")  # of this bundle alone, whatever the project's holds
-        version, state = models.add(project.name, run["bundle"]), models.state(project.name)
-        models.replace(project.name, state, state.moved(PRODUCTION, version))  # also where it failed what it had to reach
+        models = alone(folder / "registry", project.name, run["bundle"])  # whatever the project's holds
         # Among the processes of this run alone, so nobody needs a token or a certificate.
-        alone = {"host": LOOPBACK, "tls": False, "access": "open", "jwt": None, "encrypted": "accepted"}
-        endpoint = Endpoint(project.name, models, keys, project.serve.model_copy(update=alone))
+        private = {"host": LOOPBACK, "tls": False, "access": "open", "jwt": None, "encrypted": "accepted"}
+        endpoint = Endpoint(project.name, models, keys, project.serve.model_copy(update=private))
         run.display.update(f"starting the endpoint on {endpoint.url}")
         columns, truth, schema = _test_row(run["prepare"], keys if project.data.encrypt else None)
         row = to_instances(columns, schema)

@@ -10,7 +10,7 @@ from ..cluster.keys import KeyStore
 from ..cluster.runtime import LocalCluster, free_port
 from ..errors import KeyStoreError
 from ..jobs.bundle import verify
-from ..jobs.registry import PRODUCTION, Registry
+from ..jobs.registry import alone
 from ..project import Serve
 from .client import Client
 from .endpoint import Endpoint, start
@@ -61,9 +61,7 @@ def serve(bundle: str | Path, *, keys: str | Path | None = None, port: int | Non
     held = KeyStore(store)
     name = verify(place, held.public_key())["name"]
     with contextlib.ExitStack() as opening:
-        models = Registry(Path(opening.enter_context(tempfile.TemporaryDirectory(prefix="heliograph-"))) / "registry")
-        version, state = models.add(name, place), models.state(name)
-        models.replace(name, state, state.moved(PRODUCTION, version))
+        models = alone(Path(opening.enter_context(tempfile.TemporaryDirectory(prefix="heliograph-"))) / "registry", name, place)
         options = Serve(port=port or free_port())
         cluster = opening.enter_context(LocalCluster())
         url = start(Endpoint(name, models, held, options), cluster)

@@ -18,13 +18,6 @@ ERROR = {
     "required": ["error"],
     "properties": {"error": {"type": "string", "description": "What was found, where, and what to do."}},
 }
-EXAMPLES: dict[str, Any] = {
-    "number": 1.5,
-    "time": "2026-01-31T12:00:00Z",
-    "text": "text",
-    "list": [1.0, 2.0],
-    "image": {"b64": "aGVsaW8="},
-}
 
 
 def openapi(models: list[Identity], encrypted: str) -> dict[str, Any]:
@@ -156,13 +149,6 @@ def _value(feature: Feature) -> dict[str, Any]:
     for n in reversed(feature.shape):
         found = {"type": "array", "minItems": n, "maxItems": n, "items": found}
     return {"anyOf": [found, {"type": "null"}]} if feature.optional else found
-
-
-def _example(feature: Feature) -> Any:
-    found = EXAMPLES.get(feature.kind, 0.0)
-    for n in reversed(feature.shape):
-        found = [found] * n
-    return found
 
 
 def _examples(model: Identity) -> dict[str, Any]:

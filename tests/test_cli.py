@@ -127,7 +127,7 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         code, output = heliograph("run", folder, "--port", str(taken.getsockname()[1]))
-    assert code == 2
+    assert (code, output.count("\n")) == (2, 1)
     assert "is in use: stop what listens there, or set another `serve.port`" in output
     assert not (folder / "runs" / "default" / "prepare").exists()
 

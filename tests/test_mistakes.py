@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,16 +135,6 @@ def test_a_mistake_is_a_line_that_a_person_can_act_on(tmp_path, name):
     assert "bug:" not in output
     left = [f for f in sorted(f.relative_to(folder) for f in folder.rglob("*")) if f not in before and f.name != "__pycache__"]
     assert [f for f in left if f.suffix != ".pyc"] == []
-
-
-def test_a_port_that_is_busy_is_told_before_anything_starts(tmp_path):
-    folder = iris_project(tmp_path / "iris")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        code, output = typed("run", folder, "--port", str(taken.getsockname()[1]))
-    assert (code, output.count("\n")) == (2, 1)
-    assert "is in use" in output
 
 
 def test_a_full_disk_is_a_line(tmp_path, monkeypatch):

@@ -101,8 +101,9 @@ ROWS = "\n".join(f"{i},{18 + i % 50},{'north' if i % 3 else 'south'},always,{3.5
 def test_what_is_proposed_for_a_file_leaves_out_what_says_nothing(tmp_path):
     (tmp_path / "rents.csv").write_text(f"number,age,region,state,price\n{ROWS}\n")
     source = propose.found(str(tmp_path / "rents.csv"))
-    assert propose.likely_target(propose.columns_of(source)) == "price"
-    text = propose.propose("rents", source, "price", tmp_path / "project")
+    head = propose.columns_of(source)
+    assert propose.likely_target(head) == "price"
+    text = propose.propose("rents", source, head, "price", tmp_path / "project")
     propose.written(tmp_path / "project", text)
     made = project.load(tmp_path / "project")
     assert (made.data.source, made.data.features, made.model.preset) == ("../rents.csv", ["age", "region"], "tabular")
@@ -110,7 +111,7 @@ def test_what_is_proposed_for_a_file_leaves_out_what_says_nothing(tmp_path):
     assert "`state` never changes" in text
     assert "Predicts `price` (a number) from 2 columns of 60 rows" in text
     with pytest.raises(DataError, match="has no column `prize`: its columns are `number`"):
-        propose.propose("rents", source, "prize", tmp_path / "project")
+        propose.propose("rents", source, head, "prize", tmp_path / "project")
     with pytest.raises(DataError, match=r"nowhere.csv: not found: name a file"):
         propose.found(str(tmp_path / "nowhere.csv"))
 
@@ -122,7 +123,8 @@ def test_images_in_folders_get_the_image_preset(tmp_path):
         (tmp_path / "photos" / kind).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (20, 20), (grey, grey, grey + i)).save(tmp_path / "photos" / kind / f"{i}.png")
-    text = propose.propose("photos", str(tmp_path / "photos"), "label", tmp_path)
+    source = str(tmp_path / "photos")
+    text = propose.propose("photos", source, propose.columns_of(source), "label", tmp_path)
     assert "preset: image" in text
     assert "step: resize" in text
     propose.written(tmp_path, text)
