@@ -33,6 +33,7 @@ from .storage import read_json, write_bytes
 HEAD_TYPE = "ray.head.default"
 """The name that Ray's fake provider knows."""
 SECONDS_TO_START = 120
+MOST_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,37 @@ def start(spec: Cluster, file: Path, capacity: Capacity, update: Callable[[str],
     state.parent.mkdir(parents=True, exist_ok=True)
     if lost:
         temp, gcs, dashboard, token, since = Path(lost.temp), _port(lost.gcs), _port(lost.jobs), lost.token, lost.since
-        (temp / "ray" / "ray_current_cluster").unlink(missing_ok=True)  # Ray would take its nodes for itself
     else:
         temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{spec.name[:8]}-", dir=TEMP))
         gcs, dashboard, token, since = free_port(), free_port(), secrets.token_hex(32), time.time()
+    update(f"starting the head of {spec.name}{' again' if lost else ''}")
+    left = MOST_STARTS
+    while True:
+        left -= 1
+        up, process, node = _launch(spec, capacity, temp, (gcs, dashboard), token, since)
+        write_bytes(state, json.dumps(asdict(up)).encode(), mode=0o600)
+        try:
+            _wait(up, process, node)
+            return up
+        except BaseException as error:
+            # Ray gives its own processes 15 and 30 seconds, which a busy machine may pass; it then ends all of them.
+            if isinstance(error, ClusterError) and left and not up.alive:
+                update("the head did not come up in the time that Ray gives it: starting it once more")
+                continue
+            if not lost:
+                end(up)
+                state.unlink(missing_ok=True)
+            raise
+
+
+def _launch(
+    spec: Cluster, capacity: Capacity, temp: Path, ports: tuple[int, int], token: str, since: float
+) -> tuple[Up, subprocess.Popen, str]:
+    """(the cluster, its head's process, the head's id), of a head that is on its way. ports: of Ray itself and of the job API."""
+    gcs, dashboard = ports
     head = secrets.token_hex(28)
     (temp / "autoscaling.yaml").write_text(yaml.safe_dump(_autoscaling(spec, capacity, gcs, head)))
-    log = (temp / "head.log").open("wb")
+    (temp / "ray" / "ray_current_cluster").unlink(missing_ok=True)  # Ray would take an earlier head's nodes for its own
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={LOOPBACK}",
         f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true",
@@ -87,26 +112,18 @@ def start(spec: Cluster, file: Path, capacity: Capacity, update: Callable[[str],
         f"--ray-client-server-port={free_port()}", f"--temp-dir={temp / 'ray'}", "--num-cpus=0", "--num-gpus=0",
         f"--autoscaling-config={temp / 'autoscaling.yaml'}", "--disable-usage-stats",
     ]  # fmt: skip
-    process = subprocess.Popen(  # noqa: S603  our own command
-        command,
-        stdout=log,
-        stderr=log,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd=temp,
-        env=_variables(spec, temp, token, head),
-    )
+    with (temp / "head.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603  our own command
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd=temp,
+            env=_variables(spec, temp, token, head),
+        )
     up = Up(process.pid, str(temp), f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}", token, since)
-    write_bytes(state, json.dumps(asdict(up)).encode(), mode=0o600)
-    update(f"starting the head of {spec.name}{' again' if lost else ''}")
-    try:
-        _wait(up, process)
-    except BaseException:
-        if not lost:
-            end(up)
-            state.unlink(missing_ok=True)
-        raise
-    return up
+    return up, process, head
 
 
 def stop(spec: Cluster, file: Path) -> Up | None:
@@ -228,17 +245,21 @@ def _autoscaling(spec: Cluster, capacity: Capacity, gcs: int, head: str) -> dict
     }
 
 
-def _wait(up: Up, process: subprocess.Popen) -> None:
-    """Until the job API answers."""
+def _wait(up: Up, process: subprocess.Popen, head: str) -> None:
+    """Until the job API answers, and the head's own node is there: the API may answer before Ray gives that node up.
+
+    head: its id."""
     import httpx
 
+    token = {"Authorization": f"Bearer {up.token}"}
+    of_head = {"filter_keys": "node_id", "filter_predicates": "=", "filter_values": head}
     end_at = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < end_at:
         if process.poll() is not None:
             break
-        with contextlib.suppress(httpx.HTTPError):
-            answer = httpx.get(f"{up.jobs}/api/jobs/", headers={"Authorization": f"Bearer {up.token}"}, timeout=5)
-            if answer.status_code == 200:
+        with contextlib.suppress(httpx.HTTPError), httpx.Client(base_url=up.jobs, headers=token, timeout=5) as client:
+            nodes = client.get("/api/v0/nodes", params=of_head)
+            if nodes.status_code == 200 and '"ALIVE"' in nodes.text and client.get("/api/jobs/").status_code == 200:
                 return
         time.sleep(0.2)
     said = [line for line in (Path(up.temp) / "head.log").read_text(errors="replace").splitlines() if line.strip()]

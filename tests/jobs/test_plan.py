@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from heliograph.cluster import local, spec
 from heliograph.cluster.fit import Demand, fit, why_not
-from heliograph.errors import ProjectError
+from heliograph.errors import ClusterError, ProjectError
 from heliograph.jobs.demand import asked
 from heliograph.jobs.plan import plan
 from heliograph.project import Data, Project, Resources, Serve, Train
@@ -76,9 +76,21 @@ def file(tmp_path) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_a_plan_is_what_the_provider_launches(file):
+def test_a_plan_is_what_the_provider_launches(file, monkeypatch):
     described, capacity = spec.load(file)
-    up = local.start(described, file, capacity, lambda line: None)
+    began, said = [], []
+
+    def begin(command: list[str], **how) -> subprocess.Popen:
+        """A head whose node Ray gives up the first time, as on a busy machine."""
+        began.append(command)
+        return start([sys.executable, "-c", "raise SystemExit('timed out')"] if len(began) == 1 else command, **how)
+
+    start = subprocess.Popen
+    with monkeypatch.context() as patch:
+        patch.setattr(local.subprocess, "Popen", begin)
+        up = local.start(described, file, capacity, said.append)
+    assert len(began) == 2
+    assert said[-1].endswith("starting it once more")
     script = file.with_name("driver.py")
     script.write_text(DRIVER)
     variables = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": up.token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -105,6 +117,18 @@ def test_a_plan_is_what_the_provider_launches(file):
         local.stop(described, file)
     assert possible >= 5 and launched >= 9  # enough to mean something
     print(f"{PROJECTS} projects, {possible} placed, {launched} nodes launched, all as planned")
+
+
+def test_a_head_that_never_comes_up_leaves_nothing(file, monkeypatch):
+    described, capacity = spec.load(file)
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        local.subprocess, "Popen", lambda command, **how: start([sys.executable, "-c", "raise SystemExit('no')"], **how)
+    )
+    with pytest.raises(ClusterError, match="the head did not come up: no"):
+        local.start(described, file, capacity, lambda line: None)
+    assert local.found(described, file) is None
+    assert list(file.parent.rglob("cluster.json")) == []
 
 
 def test_every_plan_is_quick_and_its_prices_add_up(file, tmp_path):
