@@ -36,7 +36,7 @@ from ..errors import CapsuleError, HeliographError, RegistryError, RequestError
 from ..names import Verb
 from . import arrow, bhttp, ohttp, oip, page, tfserving
 from .access import Guard
-from .messages import MAX_BODY, TOO_LARGE, Answer, Ask, Request, answered, json_answer
+from .messages import MAX_BODY, TOO_LARGE, Answer, Ask, Request, answered, error_answer, json_answer
 from .metrics import CLOCK_SECONDS, Stats
 from .models import Loaded, Models, NotLoaded
 from .rollout import begin, forced_past
@@ -63,6 +63,7 @@ FIXED = {
     "/v2": "GET", "/v2/": "GET", "/v2/health/live": "GET", "/v2/health/ready": "GET", "/v2/repository/index": "POST",
     "/metrics": "GET", "/openapi.json": "GET", "/docs": "GET", "/": "GET",
 }  # fmt: skip
+PAGES, HTML = ("/docs", "/"), "text/html; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -306,8 +307,14 @@ class Application:
             raise RequestError("no such path: GET /docs tells what there is", 404)
         if request.method != method:
             raise RequestError(f"this path answers to {method}", 405)
-        if not request.path.startswith("/v2/health/"):
-            self._let_in(request, Verb.METRICS if request.path == "/metrics" else Verb.READ, None, seen)
+        try:
+            if not request.path.startswith("/v2/health/"):
+                self._let_in(request, Verb.METRICS if request.path == "/metrics" else Verb.READ, None, seen)
+        except RequestError as error:
+            if request.path not in PAGES or error.status == 429:
+                raise
+            refused = error_answer(error)
+            return Answer(refused.status, HTML, page.html(None, self.encrypted), refused.headers)
         match request.path:
             case "/v2" | "/v2/":
                 return oip.server()
@@ -324,7 +331,7 @@ class Application:
                 if path == "/openapi.json":
                     return json_answer(200, page.openapi([m.identity for m in models], self.encrypted))
                 shown = [(m.identity, m.reference) for m in models]
-                return Answer(200, "text/html; charset=utf-8", page.html(shown, self.encrypted))
+                return Answer(200, HTML, page.html(shown, self.encrypted))
 
 
 def _timely(date: bytes | None) -> bool:

@@ -168,9 +168,11 @@ def _page() -> str:
     return text
 
 
-def html(models: list[tuple[Identity, Reference | None]], encrypted: str) -> bytes:
-    """The page on which a person tries the models, each with what is known of its training rows."""
-    told = json.dumps([_told(model, known, encrypted) for model, known in models])
+def html(models: list[tuple[Identity, Reference | None]] | None, encrypted: str) -> bytes:
+    """The page on which a person tries the models, each with what is known of its training rows.
+
+    models: None where the asker must say first who they are: the page then asks for a token."""
+    told = json.dumps(None if models is None else [_told(model, known, encrypted) for model, known in models])
     return _page().replace("@MODELS@", told.replace("<", "\\u003c")).encode()
 
 

@@ -2,7 +2,6 @@
 "use strict";
 (() => {
   const utf8 = new TextEncoder(), text = new TextDecoder();
-  const models = JSON.parse(document.getElementById("models").textContent);
   const $ = (id) => document.getElementById(id);
 
   // --- bytes -----------------------------------------------------------------------------------------------------------
@@ -334,11 +333,11 @@
 
   // --- a model's part of the page ------------------------------------------------------------------------------------------
 
-  function section(model, number) {
+  function section(model, number, given) {
     const form = element("form", { "aria-label": `ask ${model.name}` }), out = element("div", { class: "out", "aria-live": "polite" });
     const fields = model.features.map((f) => [f, input(f, number)]);
     const why = element("input", { type: "checkbox", id: `why-${number}`, checked: true });
-    const token = element("input", { type: "password", id: `token-${number}`, autocomplete: "off" });
+    const token = element("input", { type: "password", id: `token-${number}`, autocomplete: "off", value: given });
     const file = element("input", { type: "file", id: `rows-${number}`, accept: ".json,.csv" });
     const send = element("button", {}, model.encrypted === "off" ? "predict" : "seal and predict");
     const ask = (verb, rows) => (model.encrypted === "off" ? inClear : sealed)(model, verb, { instances: rows }, token.value);
@@ -390,6 +389,30 @@
     return element("section", {}, title, element("p", {}, said), element("div", { class: "sides" }, form, out));
   }
 
+  // --- the page ----------------------------------------------------------------------------------------------------------
+
+  const show = (models, token) => $("sections").replaceChildren(...models.map((model, number) => section(model, number, token)));
+
+  // Where the endpoint asks for a token before it says what its models are. It is kept in the page's fields alone.
+  function signIn() {
+    const token = element("input", { type: "password", id: "token", autocomplete: "off", required: true });
+    const said = element("p", { class: "error", role: "alert" });
+    const form = element("form", { "aria-label": "sign in" },
+      element("p", {}, "This endpoint answers to people with an access token (", element("code", {}, "heliograph token add"), " makes one)."),
+      element("div", { class: "field" }, element("label", { for: token.id }, "access token"), token),
+      element("div", { class: "row" }, element("button", {}, "open")), said);
+    form.onsubmit = async (event) => {
+      event.preventDefault();
+      const answer = await fetch(location.href, { headers: { authorization: `Bearer ${token.value}` } });
+      const models = JSON.parse(new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("models").textContent);
+      if (models) show(models, token.value);
+      else said.textContent = answer.status === 403 ? "This token may not read what the models are." : "This token is not valid here.";
+    };
+    $("sections").replaceChildren(form);
+    token.focus();
+  }
+
   if (!crypto.subtle) $("insecure").hidden = false;
-  $("sections").replaceChildren(...models.map(section));
+  const models = JSON.parse($("models").textContent);
+  if (models) show(models, ""); else signIn();
 })();

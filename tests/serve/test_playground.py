@@ -7,7 +7,9 @@ from axe_playwright_python.sync_playwright import Axe
 from heliograph.cluster.keys import KeyStore
 from heliograph.cluster.runtime import free_port
 from heliograph.jobs.registry import Registry
+from heliograph.names import Verb
 from heliograph.project import Serve
+from heliograph.serve.access import Tokens
 from heliograph.serve.endpoint import Endpoint
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
@@ -120,6 +122,31 @@ def test_rows_of_a_file_are_answered_in_one_table(page, tmp_path):
     (tmp_path / "rents.json").write_text('{"instances": [{"size": 2, "age": 1}]}')
     rents.get_by_label("file of rows").set_input_files(tmp_path / "rents.json")
     expect(rents.locator(".out tbody tr")).to_have_text(["13"])
+
+
+def test_a_page_behind_tokens_asks_for_one_and_predicts_with_it(browser, tmp_path, cluster, served):
+    models, keys = Registry(tmp_path / "registry"), KeyStore(tmp_path / "keys")
+    models.add("rents", write_bundle(tmp_path / "rents", keys, "rents", TABLE, [[2.0], [-1.0]]))
+    tokens = Tokens(keys)
+    reader = tokens.add("ann", [], [Verb.READ, Verb.PREDICT], None, None)
+    asker = tokens.add("bob", [], [Verb.PREDICT], None, None)
+    with served(Endpoint("rents", models, keys, Serve(port=free_port(), access="tokens"))) as url:
+        page = browser.new_page()
+        assert page.goto(url).status == 401
+        assert "rents" not in page.content()
+        for token, said in (("nobody's", "not valid here"), (asker, "may not read"), (reader, None)):
+            page.get_by_label("access token").fill(token)
+            page.get_by_role("button", name="open").click()
+            if said:
+                expect(page.get_by_role("alert")).to_contain_text(said)
+        rents = part(page, "rents")
+        rents.get_by_label("size").fill("4")
+        rents.get_by_label("explain the answer").uncheck()
+        rents.get_by_role("button", name="seal and predict").click()
+        expect(rents.locator(".answer strong")).to_have_text("8")
+        found = Axe().run(page).response["violations"]
+        assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+        page.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("light", 400)])
