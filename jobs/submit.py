@@ -35,6 +35,8 @@ RAYS_OWN = re.compile(r"\S+ \S+\s+(INFO|WARNING) \S+\.py:\d+ -- |Running entrypo
 SECONDS_WITHOUT_AN_ANSWER = 600
 SECONDS_BETWEEN_LOOKS = 5
 """At whether a job's node lives."""
+SECONDS_TO_TAKE = 6
+"""A job, of a head that is up."""
 MOST_TRIES = 4
 MOST_SENT_BYTES = 256 << 20
 
@@ -47,6 +49,8 @@ class Jobs:
 
         quieten()
         self.address, self._headers = address, {"Authorization": f"Bearer {token}"} if token else {}
+        self.patience = 0.0
+        """Seconds in which a head that is away may come back before that is an error."""
         try:
             with _unset("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they would go before the address that is asked for
                 self._client = JobSubmissionClient(address, headers=self._headers)
@@ -59,10 +63,14 @@ class Jobs:
 
     def all(self) -> list[Any]:
         """Ray's details of all jobs that were submitted, the oldest first. Raises ClusterError where nobody answers."""
-        try:
-            return sorted((j for j in self._client.list_jobs() if j.submission_id), key=lambda j: j.start_time or 0)
-        except Exception as error:
-            raise ClusterError(f"{self.address}: does not answer ({_said(error)}): is the cluster up?") from None
+        end = time.monotonic() + self.patience
+        while True:
+            try:
+                return sorted((j for j in self._client.list_jobs() if j.submission_id), key=lambda j: j.start_time or 0)
+            except Exception as error:
+                if time.monotonic() >= end:
+                    raise ClusterError(f"{self.address}: does not answer ({_said(error)}): is the cluster up?") from None
+            time.sleep(2)
 
     def submit(
         self, project: Project, folder: Path, capacity: Capacity, storage: Path, place: Place, what: "What", run: str
@@ -91,13 +99,14 @@ class Jobs:
             )
 
     def _send(self, job: str, **how: Any) -> None:
-        """Submit a job once, though a head that just came back may drop a connection. Raises ClusterError."""
-        for left in reversed(range(MOST_TRIES)):
+        """Submit a job once, though a head that just came back may drop a connection, or go again. Raises ClusterError."""
+        end = time.monotonic() + max(SECONDS_TO_TAKE, self.patience)
+        while True:
             try:
                 self._client.submit_job(submission_id=job, **how)
                 return
             except OSError as error:  # as `requests` has it
-                if not left:
+                if time.monotonic() >= end:
                     raise ClusterError(f"{self.address}: does not take the job ({_said(error)}): is the cluster up?") from None
                 time.sleep(2)
             with suppress(ClusterError):
@@ -116,6 +125,7 @@ class Jobs:
             if again is None:
                 raise ClusterError(f"{name}: was lost with the head of the cluster: submit it again, and it goes on where it was")
             say(f"{name}: was lost with the head of the cluster, which is back: it is sent again, and goes on where it was")
+            self.patience = SECONDS_WITHOUT_AN_ANSWER  # it may be lost once more before it has taken the job
             again()
         raise ClusterError(f"{name}: was lost {MOST_TRIES} times with the head of the cluster")
 
