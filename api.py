@@ -74,7 +74,7 @@ def run(
     """
     from .cluster.runtime import joined
     from .commands import run_folder, with_port, with_registry
-    from .jobs import report
+    from .jobs import plan, report
     from .jobs.display import Display
     from .jobs.run import execute, key_store, opened
     from .jobs.track import require_mlflow, track
@@ -87,12 +87,13 @@ def run(
     require_role(key_store(loaded, base, held), Verb.TRAIN, loaded.name)
     require_mlflow(loaded)
     with opened(held, loaded.train.processes, display or Display()) as current:
+        plan.note(loaded, held)
         if not joined():
             first_request.require_port(loaded, current)
         version = execute(loaded, base, current)
         if not joined():  # a cluster's own endpoints are for what it serves
             first_request.execute(loaded, base, current)
         models = loaded.registry if "://" in loaded.registry else str(Path(folder) / loaded.registry)
-        made = report.write(loaded, current)
+        made = report.write(loaded, base, current)
         track(loaded, base, current, made)
         return Run(held, loaded.name, version, models, made)

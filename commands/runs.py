@@ -92,16 +92,16 @@ def run(
     from ..api import run as done
     from ..cluster.runtime import joined
     from ..jobs import report
-    from ..jobs.display import Display, form_table, stage_table
+    from ..jobs.display import Display, form_table, show, stage_table
 
     display = Display()
     made = done(folder, run, port=port, registry=registry, display=display)
     if as_json:
         typer.echo(json.dumps(made.report, indent=1))
     else:
-        display.console.print(stage_table(made.report["stages"]))
+        show(stage_table(made.report["stages"]))
         if made.report["compress"]:
-            display.console.print(form_table(*report.forms(made.report["compress"], short=True)))
+            show(form_table(*report.forms(made.report["compress"], short=True)))
         for line in report.summary(made.report):
             typer.echo(line)
         typer.echo(f"model: {made.name}@{made.version} in {made.registry}")
@@ -123,7 +123,7 @@ def doctor(
     loaded = load(folder) if folder else None
     from dataclasses import asdict
 
-    from ..jobs.display import Display
+    from ..jobs.display import Display, show
     from ..jobs.doctor import examine
 
     display, found = Display(), []
@@ -132,9 +132,9 @@ def doctor(
             found.append(each)
             if not as_json:
                 mark = {"ok": "[green]✓[/]", "warn": "[yellow]![/]", "bad": "[red]✗[/]"}[each.state]
-                display.console.print(f"{mark} {each.name:<14} {each.found}", highlight=False, soft_wrap=True)
+                show(f"{mark} {each.name:<14} {each.found}")
                 if each.do:
-                    display.console.print(f"  {'':<14} do: {each.do}", highlight=False, soft_wrap=True)
+                    show(f"  {'':<14} do: {each.do}")
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
     if any(each.state == "bad" for each in found):
@@ -197,16 +197,17 @@ def compare(
     second: Annotated[str, typer.Argument(help="The other one.")],
     folder: Annotated[Path, typer.Option("--project", help=f"The folder that holds the {FILE}.")] = Path(),
     run: RunFolder = None,
+    page: Annotated[Path | None, typer.Option(help="Write both side by side to this HTML file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell whether one model is really better than another, on the run's test rows, by paired tests.
 
-    Example:  heliograph compare digits@1 digits@2 --project examples/digits
+    Example:  heliograph compare digits@1 digits@2 --project examples/digits --page compared.html
     """
     loaded = load(folder)
     from ..jobs.compare import compare as compare_models
-    from ..jobs.compare import lines
-    from ..jobs.display import Display, plain_table, silenced
+    from ..jobs.compare import lines, short_names
+    from ..jobs.display import plain_table, show, silenced
     from ..jobs.run import key_store, registry
     from ..jobs.transfer import find
     from ..serve.access import require_role
@@ -219,11 +220,14 @@ def compare(
     places = (find(first, Path.cwd(), keys, models, "compare"), find(second, Path.cwd(), keys, models, "compare"))
     with silenced():
         found = compare_models(places, held / "prepare", keys if loaded.data.encrypt else None, keys)
+    if page:
+        from ..jobs.compare_report import write
+
+        write(page, short_names(first, second), places, found)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    head = ("figure", first, second, "difference (95 %)", "better")
-    Display().console.print(plain_table(head, lines(found)))
+    show(plain_table(("figure", *short_names(first, second), "difference (95 %)", "better"), lines(found)))
     typer.echo(f"{found['rows']:,} test rows; {found['test']}: {found['verdict']}")
 
 

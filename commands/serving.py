@@ -30,13 +30,14 @@ def serve(folder: ProjectFolder, run: RunFolder = None, port: Port = None, regis
     from ..cluster.runtime import cluster_here, joined
     from ..jobs.run import key_store
     from ..jobs.run import registry as registry_of_project
+    from ..jobs.traffic_report import LOG
     from ..serve.endpoint import Endpoint, start, stop
 
     held, models = run_folder(folder, run), registry_of_project(loaded, folder.resolve())
     if loaded.name not in models.names():
         raise RunError(f"{models}: has no {loaded.name} yet: run `heliograph run {folder}` first")
     keys = key_store(loaded, folder.resolve(), held)
-    endpoint = Endpoint(loaded.name, models, keys, loaded.serve, held / "serve.log")
+    endpoint = Endpoint(loaded.name, models, keys, loaded.serve, held / LOG)
     with cluster_here(loaded.serve.most_replicas, held / "ray-logs") as cluster:
         typer.echo(f"starting {endpoint.url} (about 20 s)", err=True)
         try:
@@ -265,7 +266,7 @@ def drift(
 
     Example:  heliograph drift digits --trust runs/default/keys/signing.pub
     """
-    from ..jobs.display import Display, plain_table
+    from ..jobs.display import plain_table, show
     from ..jobs.registry import parse
     from ..serve.client import Client
 
@@ -276,7 +277,7 @@ def drift(
         typer.echo(f"{model}: fewer than 100 rows were asked about: nothing can be said yet")
         return
     rows = [(f["name"], f"{f['psi']:.3f}", f"{f['ks']:.3f}", f"{f['rows']:,}", "moved" if f["moved"] else "") for f in found]
-    Display().console.print(plain_table(("feature", "PSI", "KS", "rows", ""), rows))
+    show(plain_table(("feature", "PSI", "KS", "rows", ""), rows))
     moved = [line["name"] for line in found if line["moved"]]
     typer.echo(f"moved: {', '.join(moved)}" if moved else "nothing moved")
 

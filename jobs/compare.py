@@ -22,7 +22,8 @@ LEVEL = 0.05
 
 
 def paired(target: np.ndarray, a: np.ndarray, b: np.ndarray, schema: Any, seed: int = 0) -> dict[str, Any]:
-    """Of outputs `[rows, …]` of two models: `figures` (figure → a, b, low and high of b - a), `p`, and who is better in words."""
+    """Of outputs `[rows, …]` of two models: `figures` (figure → a, b, low and high of b - a), `p`, who is better in words, and
+    both confusion matrices (truth by row) where there are classes."""
     from scipy import stats
 
     of = [weighted(target, outputs, schema) for outputs in (a, b)]
@@ -52,7 +53,12 @@ def paired(target: np.ndarray, a: np.ndarray, b: np.ndarray, schema: Any, seed: 
         ahead = float(np.median(differ))
         test = f"Wilcoxon, of squared errors: p {p:.3g}"
     verdict = "no difference is shown" if p >= LEVEL or not ahead else f"the {'second' if ahead > 0 else 'first'} is better"
-    return {"figures": figures, "p": p, "test": test, "verdict": verdict, "rows": len(target)}
+    found = {"figures": figures, "p": p, "test": test, "verdict": verdict, "rows": len(target)}
+    if schema.classes:
+        count = len(schema.classes)
+        matrices = [np.bincount(target * count + outputs.argmax(axis=1), minlength=count**2) for outputs in (a, b)]
+        found |= {"classes": schema.classes, "confusion": [m.reshape(count, count).tolist() for m in matrices]}
+    return found
 
 
 def compare(places: tuple[Path, Path], prepared: Path, shards: KeyStore | None, keys: KeyStore) -> dict[str, Any]:
@@ -72,6 +78,13 @@ def compare(places: tuple[Path, Path], prepared: Path, shards: KeyStore | None, 
     has = target >= 0 if own.classes else np.isfinite(target)
     kind: Callable[[Any], Any] = np.int64 if own.classes else np.float64
     return paired(target[has].astype(kind), answers[0][has], answers[1][has], own)
+
+
+def short_names(first: str, second: str) -> tuple[str, str]:
+    """What tells two addresses apart: of folders, their paths from where they part."""
+    a, b = Path(first).parts, Path(second).parts
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    return str(Path(*a[same:])), str(Path(*b[same:]))
 
 
 def lines(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -84,6 +86,11 @@ def form_table(head: tuple[str, ...], rows: list[list[str]]) -> Table:
     for row in rows:
         made.add_row(*row, style="bold" if row[-1] == "chosen" else None)
     return made
+
+
+def show(what: Any) -> None:
+    """Print a result: to stdout, where progress does not go, and as wide as it is where nobody looks."""
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(what, soft_wrap=isinstance(what, str))
 
 
 def plain_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

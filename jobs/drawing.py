@@ -30,6 +30,33 @@ def svg(spec: dict[str, Any]) -> str:
     return f"<figure>{drawn.replace(INK, 'currentColor')}</figure>"
 
 
+def confusion(classes: list[Any], matrices: dict[str, list[list[int]]]) -> str:
+    """Rows of each truth (down) and prediction (across), side by side by their titles."""
+    order = [str(c) for c in classes]
+    values = [
+        {"title": title, "truth": order[i], "prediction": order[j], "rows": count}
+        for title, matrix in matrices.items()
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+    ]
+    axes = {
+        "x": {"field": "prediction", "type": "nominal", "sort": order, "axis": {"labelAngle": 0}},
+        "y": {"field": "truth", "type": "nominal", "sort": order},
+    }
+    colour = {"field": "rows", "type": "quantitative", "legend": None, "scale": {"range": [f"{BLUE}10", BLUE]}}
+    text = {
+        "text": {"field": "rows", "type": "quantitative"},
+        "opacity": {"condition": {"test": "datum.rows > 0", "value": 1}, "value": 0.25},
+    }
+    layers = [
+        {"mark": "rect", "encoding": {**axes, "color": colour}},
+        {"mark": {"type": "text", "color": INK}, "encoding": {**axes, **text}},
+    ]
+    size = max(200, 30 * len(order))
+    facet = {"field": "title", "type": "nominal", "title": None, "sort": list(matrices)}
+    return svg({"facet": facet, "spec": {"layer": layers, "width": size, "height": size}, "data": {"values": values}})
+
+
 def page(title: str, body: str) -> str:
     """A whole document."""
     return _HTML.format(title=html.escape(title), body=body)

@@ -9,6 +9,7 @@ import hashlib
 import html
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,29 +20,30 @@ import psutil
 from ..cluster.runtime import LOOPBACK
 from ..cluster.storage import read_json
 from ..errors import PortInUse
-from .drawing import BLUE, ORANGE, page, svg, table
-from .report import curves
-from .watch import EVENTS, METRICS, STEPS, read_lines
+from .drawing import BLUE, page, svg, table
+from .record import TRIALS
+from .traffic_report import traffic
+from .training_report import training
+from .watch import METRICS, STEPS, read_lines
 
 LOG_LINES = 12
-MOST_STEPS = 400
-"""Points of the curve of single steps."""
-SCRIPT = """<script>
-let seen = "";
-async function look() {
+SCRIPT = """<p id=gone hidden role=alert>The page's server has ended.</p><script>
+const gone = document.getElementById("gone");
+async function look(what, seen = "") {
   try {
-    const answer = await fetch("part", {headers: {"if-none-match": seen}});
+    const answer = await fetch(what, {headers: {"if-none-match": seen}});
     if (answer.status === 200) {
       seen = answer.headers.get("etag");
-      document.getElementById("part").innerHTML = await answer.text();
+      document.getElementById(what).innerHTML = await answer.text();
       if (answer.headers.get("run-ended")) { location.href = "report.html"; return; }
     }
-    document.getElementById("gone").hidden = true;
-  } catch { document.getElementById("gone").hidden = false; }
-  setTimeout(look, 2000);
+    gone.hidden = true;
+  } catch { gone.hidden = false; }
+  setTimeout(look, 2000, what, seen);
 }
-look();
+look("%s");
 </script>"""
+"""Of a page; what it shows anew all the time: a path, and the element of that name."""
 
 
 def part(folder: Path) -> tuple[str, bool]:
@@ -57,10 +59,39 @@ def part(folder: Path) -> tuple[str, bool]:
         table(("stage", ""), rows),
     ]
     places = [place for _, _, place in working if (place / METRICS).exists() or (place / STEPS).exists()]
-    for place in places or [folder / "train"]:
-        parts.append(_training(place))
-    parts.append(_log(folder))
+    drawn = [training(place) for place in places or [folder / "train"]]
+    parts += [f"<h2>Training</h2>{each}" for each in drawn if each]
+    parts += [_search(folder), traffic(folder), _log(folder)]
     return "".join(parts), ended
+
+
+def _search(folder: Path) -> str:
+    """Of a search at work, or of the last one: how many trials there are, and what each came to."""
+    trials: dict[int, dict[str, Any]] = {}
+    for line in read_lines(folder / "tune" / TRIALS):
+        trials[line["number"]] = line
+    if not trials:
+        return ""
+    counts = Counter(line["status"] for line in trials.values())
+    values = [
+        {"trial": number, "metric": name, "value": value}
+        for number, line in sorted(trials.items())
+        for name, value in line.get("values", {}).items()
+    ]
+    drawn = svg({
+        "facet": {"field": "metric", "type": "nominal", "title": None},
+        "spec": {
+            "mark": {"type": "point", "filled": True, "color": BLUE},
+            "encoding": {
+                "x": {"field": "trial", "type": "quantitative", "axis": {"tickMinStep": 1}},
+                "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            },
+            "width": 280, "height": 140,
+        },
+        "columns": 2, "resolve": {"scale": {"y": "independent"}}, "data": {"values": values},
+    })  # fmt: skip
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"<h2>Search</h2><p>{len(trials)} trials: {said}.</p>{drawn if values else ''}"
 
 
 def _working(folder: Path) -> list[tuple[str, float, Path]]:
@@ -76,39 +107,6 @@ def _held(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return psutil.pid_exists(int((folder / ".lock").read_text()))
     return False
-
-
-def _training(place: Path) -> str:
-    history, steps, events = (read_lines(place / name) for name in (METRICS, STEPS, EVENTS))
-    if not history and not steps:
-        return ""
-    parts = ["<h2>Training</h2>", curves(history) if history else ""]
-    if steps:
-        odd = {line["step"] for line in events if line["kind"] == "anomaly"}
-        parts.append(_steps(steps, odd))
-        last = steps[-1]
-        parts.append(
-            f"<p>Step {last['step']:,} of {last['end']:,}, epoch {last['epoch']}: loss {last['loss']:.4g}, "
-            f"{last['rows_per_second']:,.0f} rows a second.</p>"
-        )
-    if events:
-        parts.append(table(("step", "what happened"), [(line.get("step", ""), line["text"]) for line in events[-LOG_LINES:]]))
-    return "".join(parts)
-
-
-def _steps(steps: list[dict[str, Any]], odd: set[int]) -> str:
-    """The loss of single steps; where something was odd, a mark."""
-    some = steps[:: max(1, len(steps) // MOST_STEPS)]
-    values = [{"step": s["step"], "loss": s["loss"]} for s in some if s["loss"] is not None]
-    x = {"field": "step", "type": "quantitative"}
-    line = {
-        "mark": {"type": "line", "color": BLUE},
-        "encoding": {"x": x, "y": {"field": "loss", "type": "quantitative", "scale": {"zero": False}}},
-        "data": {"values": values},
-    }
-    marks = {"mark": {"type": "rule", "color": ORANGE, "strokeDash": [4, 3]}, "encoding": {"x": x},
-             "data": {"values": [{"step": step} for step in sorted(odd)]}}  # fmt: skip
-    return svg({"layer": [line, marks] if odd else [line], "width": 600, "height": 140, "title": "Loss by step"})
 
 
 def _log(folder: Path) -> str:
@@ -129,20 +127,24 @@ def served(folder: Path, port: int) -> Iterator[str]:
         def do_GET(self) -> None:
             match self.path:
                 case "/":
-                    gone = "<p id=gone hidden role=alert>The page's server has ended.</p>"
-                    self._send(page("heliograph", f"{gone}<div id=part aria-live=polite></div>{SCRIPT}"))
+                    self._send(page("heliograph", f"{SCRIPT % 'part'}<div id=part aria-live=polite></div>"))
                 case "/part":
                     text, ended = part(folder)
-                    tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
-                    if self.headers.get("if-none-match") == tag and not ended:
-                        self.send_response(304)
-                        self.end_headers()
-                    else:
-                        self._send(text, {"etag": tag} | ({"run-ended": "yes"} if ended else {}))
+                    self._send_changed(text, {"run-ended": "yes"} if ended else {})
+                case "/traffic":  # an endpoint may be asked long after the run has ended
+                    self._send_changed(traffic(folder), {})
                 case "/report.html" if (folder / "report.html").exists():
-                    self._send((folder / "report.html").read_text())
+                    self._send((folder / "report.html").read_text().replace("</main>", f"{SCRIPT % 'traffic'}</main>"))
                 case _:
                     self.send_error(404)
+
+        def _send_changed(self, text: str, headers: dict[str, str]) -> None:
+            tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
+            if self.headers.get("if-none-match") == tag and not headers:
+                self.send_response(304)
+                self.end_headers()
+            else:
+                self._send(text, {"etag": tag, **headers})
 
         def _send(self, text: str, headers: dict[str, str] | None = None) -> None:
             body = text.encode()

@@ -4,16 +4,23 @@ How long a stage takes is known from an earlier run of the project alone: a trai
 workers of the plan, everything else is taken as it was. Without one there is a price for the hour and none for the run.
 """
 
+import html
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..cluster.bill import COST
 from ..cluster.fit import Fit, fit, holds, why_not
+from ..cluster.runtime import joined
 from ..cluster.spec import Capacity, Instance, instances, load
-from ..cluster.storage import read_json
+from ..cluster.storage import read_json, write_json
 from ..project import Project
 from .demand import Asked, asked
+from .drawing import table
+from .stages import Run
+
+PLANNED = "plan.json"
+"""In a run's folder: what was expected of it when it began."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,42 @@ def _cheaper(stage: Asked, capacity: Capacity) -> tuple[Alternative, ...]:
     return tuple(sorted(out, key=lambda a: a.dollars_per_hour))
 
 
+def note(project: Project, run: Path) -> None:
+    """Keep what is expected of a run that begins; where one goes on, what was expected when it began stays."""
+    file, over = run / PLANNED, run / "report.json"
+    if file.exists() and (not over.exists() or over.stat().st_mtime < file.stat().st_mtime):
+        return
+    hours, basis = _hours(project, run)
+    write_json(file, {"seconds": {stage: round(3600 * h, 2) for stage, h in hours.items()}, "basis": basis})
+
+
+def section(project: Project, run: Run) -> str:
+    """Of the report: how long each stage was expected to take, and took; on a cluster, what it asked for and what all cost."""
+    capacity = joined()
+    wanted = {each.stage: each for each in asked(project, capacity)} if capacity else {}
+    planned = read_json(run.folder / PLANNED)
+    said = f"Planned from {planned['basis']}" if "train" in planned["seconds"] else "No earlier run told what to expect"
+    rows, up = [], {}
+    for stage in run.stages:
+        name, who, nodes = stage["name"], "", ""
+        if capacity and name in wanted:
+            up = fit(capacity, wanted[name].demands, up).nodes
+            who, nodes = wanted[name].who, _nodes(up)
+        expected = planned["seconds"].get(name)
+        took = f"{stage['seconds']:.1f} s" + (" (reused)" if stage["reused"] else "")
+        rows.append((name, "–" if expected is None else f"{expected:.1f} s", took, who, nodes))
+    head = ("stage", "planned", "actual", *(("asked for", "nodes") if capacity else ("", "")))
+    file = run.folder / COST
+    cost = f" {_actual(read_json(file)).capitalize()}." if file.exists() else ""
+    return f"<h2>Plan and actual</h2><p>{html.escape(said)}.{cost}</p>{table(head, rows)}"
+
+
+def _actual(cost: dict[str, Any]) -> str:
+    """Of `cost.json`: nodes and dollars."""
+    dollars = cost["dollars"]
+    return f"it was: {_nodes(cost['most_nodes'])}, {'?' if dollars is None else f'${dollars:.2f}'}"
+
+
 def _over(stages: list[StagePlan], limit: float | None) -> list[str]:
     return [
         f"{s.stage}: its nodes cost ${s.dollars_per_hour:.2f}/h, more than limits.dollars_per_hour, ${limit:.2f}"
@@ -127,11 +170,7 @@ def _over(stages: list[StagePlan], limit: float | None) -> list[str]:
 
 def _hours(project: Project, run: Path) -> tuple[dict[str, float], str]:
     """Of each stage, from an earlier run."""
-    found = {}
-    for stage in ("prepare", "train"):
-        record = run / "stages" / f"{stage}.json"
-        if record.exists():
-            found[stage] = read_json(record)["seconds"] / 3600
+    found = {record.stem: read_json(record)["seconds"] / 3600 for record in (run / "stages").glob("*.json")}
     if "train" not in found:
         return found, f"no earlier run in {run}: prices are for an hour (a run of few epochs tells how long one takes)"
     trained = read_json(run / "train" / "result.json")
@@ -157,8 +196,7 @@ def lines(plan: Plan) -> list[str]:
     if plan.dollars is not None:
         out.append(f"the run: ${plan.dollars:.2f}")
     if plan.actual:
-        cost = plan.actual["dollars"]
-        out.append(f"and it was: {_nodes(plan.actual['most_nodes'])}, {'?' if cost is None else f'${cost:.2f}'}")
+        out.append(f"and {_actual(plan.actual)}")
     out.append(f"how long: from {plan.basis}" if not plan.basis.startswith("no ") else f"how long: {plan.basis}")
     return out
 

@@ -1,24 +1,33 @@
 """The report: `report.json` for machines, `report.html` for people (one file, no network, light and dark)."""
 
 import html
+import platform
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from .. import __version__
 from ..cluster.storage import read_json, write_bytes, write_json
-from ..project import Project
+from ..project import FILE, Project
 from ..recipes import FIGURES
 from . import trust_report
 from .baseline import BASELINE
-from .drawing import INK, page, svg, table
+from .drawing import INK, confusion, page, svg, table
 from .engine import TABLE
 from .explain import EXPLAINED
-from .run import ATTACK, has_baseline
+from .plan import section as plan_section
+from .run import ATTACK, code_of, has_baseline
 from .stages import Run
+from .traffic_report import traffic
+from .training_report import training
+from .tune_report import SEARCH
 from .validate import VERDICT
-from .watch import METRICS, read_lines
 
 
-def write(project: Project, run: Run) -> dict[str, Any]:
-    """Write both from what the stages left; returns what `report.json` holds."""
+def write(project: Project, base: Path, run: Run) -> dict[str, Any]:
+    """Write both from what the stages left; returns what `report.json` holds. base: the project's folder."""
     trained = read_json(run["train"] / "result.json")
     report = {
         "name": project.name,
@@ -35,9 +44,15 @@ def write(project: Project, run: Run) -> dict[str, Any]:
         "files": {name: str(run[name].resolve()) for name in ("prepare", "train", "bundle")},
     }
     write_json(run.folder / "report.json", report)
-    history = read_lines(run["train"] / METRICS)
     profile = read_json(run["prepare"] / "profile.json")
-    write_bytes(run.folder / "report.html", _page(report, history, profile).encode())
+    # A search is told of in the report of what it searched, and in that of the project which it made.
+    search = next((f.read_text() for f in (run.folder / "tune" / SEARCH, base / SEARCH) if f.exists()), "")
+    more = {
+        "training": training(run["train"]),
+        "search": search,
+        "after": plan_section(project, run) + f"<section id=traffic>{traffic(run.folder)}</section>" + _again(project, base, run),
+    }
+    write_bytes(run.folder / "report.html", _page(report, profile, more).encode())
     return report
 
 
@@ -151,7 +166,8 @@ def _compression(note: dict[str, Any]) -> str:
     )
 
 
-def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) -> str:
+def _page(report: dict[str, Any], profile: dict[str, Any], more: dict[str, str]) -> str:
+    """more: parts of the page that are drawn already."""
     test, request, train = report["test"], report["request"], report["train"]
     main = ("accuracy", f"{test['accuracy']:.2%}") if "accuracy" in test else ("RMSE", f"{test['rmse']:.4g}")
     sentence = f"Test {main[0]} {main[1]} on {test['rows']:,} rows"
@@ -160,7 +176,6 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
         sentence += f"; one sealed request was answered {predicted}, the truth is {truth}"
     figures = _figures(test)
     figures += [(f"{k} (macro)", f"{v:.4f}") for k, v in test.get("macro", {}).items()]
-    stages = [(s["name"], f"{s['seconds']:.1f} s", "reused" if s["reused"] else "") for s in report["stages"]]
     facts = [
         ("parameters", f"{train['parameters']:,}"),
         ("workers", f"{train['workers']}, weights {'identical' if train['ranks_identical'] else 'DIFFERENT'}"),
@@ -176,7 +191,7 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
     parts.append(_data(profile))
     if fusion := train.get("fusion"):
         parts.append(_fusion(fusion, main[0]))
-    parts.append(f"<h2>Training</h2>{curves(history) if history else ''}{table(('what', 'value'), facts)}")
+    parts.append(f"<h2>Training</h2>{more['training']}{table(('what', 'value'), facts)}{more['search']}")
     parts.append(f"<h2>Test</h2>{table(('metric', 'value'), figures)}")
     if report["baseline"]:
         parts.append(_beside(report["baseline"], test))
@@ -187,8 +202,37 @@ def _page(report: dict[str, Any], history: list[dict], profile: dict[str, Any]) 
         parts.append(trust_report.explanation(report["explain"]))
     if report["compress"]:
         parts.append(_compression(report["compress"]))
-    parts.append(f"<h2>Stages</h2>{table(('stage', 'seconds', ''), stages)}")
+    parts.append(more["after"])
     return page(report["name"], "".join(parts))
+
+
+def _again(project: Project, base: Path, run: Run) -> str:
+    """What is where, and what the same run needs."""
+    files = {
+        "bundle": "the signed model, with its card: bundle/README.md",
+        "report.json": "these figures, for programs",
+        "run.log": "what happened, with the traceback of every error",
+        "train/tensorboard": "tensorboard --logdir",
+        "prepare": "rows in shards, the fitted preprocessing, profile.json",
+        "evaluate": "every figure, interval and slice",
+        "explain": "explanations, as files",
+        "tune": "trials.jsonl and the best project",
+    }
+    there = [(name, said) for name, said in files.items() if (run.folder / name).exists()]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "tensorflow", "keras"))
+    facts = [
+        ("command", f"heliograph run {base}"),
+        ("with", f"heliograph {__version__}, {versions}, Python {platform.python_version()}"),
+        ("data", f"{project.data.source}, fingerprint {run.fingerprints['prepare'][:16]}"),
+        ("code", f"SHA-256 {code_of(base)[:16]}"),
+        ("training", f"fingerprint {run.fingerprints['train'][:16]}, seed {project.train.seed}"),
+    ]
+    text = yaml.safe_dump(project.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    return (
+        f"<h2>Files and how to do it again</h2><p>In <code>{html.escape(str(run.folder))}</code>:</p>"
+        f"{table(('file', ''), there)}{table(('what', 'value'), facts)}"
+        f"<details><summary>{FILE}</summary><pre tabindex=0>{html.escape(text)}</pre></details>"
+    )
 
 
 def _beside(said: dict[str, Any], test: dict[str, Any]) -> str:
@@ -224,7 +268,8 @@ def _of_target(name: str, test: dict[str, Any]) -> str:
         figures = [("rows", f"{test['rows']:,}"), *_figures(test)]
         parts.append(f"<h3>{html.escape(name)}</h3>{table(('metric', 'value'), figures)}")
     if "confusion" in test:
-        parts.append(_confusion([c["class"] for c in test["classes"]], test["confusion"]))
+        classes = [c["class"] for c in test["classes"]]
+        parts.append(confusion(classes, {"Confusion: rows of each truth": test["confusion"]}))
         rows = [
             [
                 c["class"],
@@ -295,56 +340,3 @@ def _bars(profile: dict[str, Any]) -> str:
     facet = {"field": "column", "type": "nominal", "title": None, "sort": None}
     shared = {"scale": {"x": "independent", "y": "independent"}}
     return svg({"facet": facet, "columns": 3, "spec": bars, "resolve": shared, "data": {"values": values}})
-
-
-def curves(history: list[dict]) -> str:
-    """Loss and metrics by epoch, of training and validation rows."""
-    values = [
-        {
-            "epoch": line["epoch"],
-            "value": line[key],
-            "rows": "validation" if key.startswith("val_") else "training",
-            "metric": name,
-        }
-        for line in history
-        for key in line
-        if (name := key.removeprefix("val_")) in ("loss", "accuracy", "mae")
-    ]
-    line = {
-        "mark": {"type": "line", "point": {"size": 20}, "strokeWidth": 2},
-        "encoding": {
-            "x": {"field": "epoch", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}},
-            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "color": {"field": "rows", "type": "nominal", "title": None, "scale": {"range": ["#4c86c6", "#d9822b"]}},
-        },
-        "width": 280,
-        "height": 180,
-    }
-    facet = {"field": "metric", "type": "nominal", "title": None}
-    return svg({"facet": facet, "spec": line, "resolve": {"scale": {"y": "independent"}}, "data": {"values": values}})
-
-
-def _confusion(classes: list[Any], matrix: list[list[int]]) -> str:
-    values = [
-        {"truth": str(classes[i]), "prediction": str(classes[j]), "rows": count}
-        for i, row in enumerate(matrix)
-        for j, count in enumerate(row)
-    ]
-    order = [str(c) for c in classes]
-    axes = {
-        "x": {"field": "prediction", "type": "nominal", "sort": order, "axis": {"labelAngle": 0}},
-        "y": {"field": "truth", "type": "nominal", "sort": order},
-    }
-    colour = {"field": "rows", "type": "quantitative", "legend": None, "scale": {"range": ["#4c86c610", "#4c86c6"]}}
-    text = {
-        "text": {"field": "rows", "type": "quantitative"},
-        "opacity": {"condition": {"test": "datum.rows > 0", "value": 1}, "value": 0.25},
-    }
-    layers = [
-        {"mark": "rect", "encoding": {**axes, "color": colour}},
-        {"mark": {"type": "text", "color": INK}, "encoding": {**axes, **text}},
-    ]
-    size = max(200, 30 * len(classes))
-    return svg(
-        {"layer": layers, "data": {"values": values}, "width": size, "height": size, "title": "Confusion: rows of each truth"}
-    )

@@ -4,7 +4,7 @@
     RUN/tune/trials/0007      what a trial trained; the checkpoints of the best ones stay
     RUN/tune/data/…           the data of trials that search keys of `data`
     RUN/tune/best             the best configuration as a project that can be run
-    RUN/tune/report.html      history, what each parameter did, and how much it mattered
+    RUN/tune/report.html      history, what each parameter did, and how much it mattered; search.html is that for other reports
 
 The first is all that there is to know: a search that was killed goes on from it.
 """
@@ -49,7 +49,7 @@ def tune(project: Project, base: Path, run: Run) -> list[str]:
     _write_best(project, base, run, folder / "best", choice.best.config)
     from .tune_report import write
 
-    write(folder / "report.html", project.name, space, record.of(*OVER), choice)
+    write(folder, project.name, space, record.of(*OVER), choice)
     lines = [f"{len(done)} trials, {len(record.of(FAILED))} failed; {choice.said}:"]
     lines += [f"  {choice.values(t)}  trial {t.number}  {said(t.config)}" for t in choice.ranked[:5]]
     return [*lines, f"report: {folder / 'report.html'}; train the best to the end: heliograph run {folder / 'best'}"]

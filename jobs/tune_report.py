@@ -11,16 +11,18 @@ from .drawing import page, svg, table
 from .record import FAILED, STOPPED, Trial
 from .search import Space, surrogate
 
+SEARCH = "search.html"
+"""The search without the page around it, for other reports."""
 MOST = 400
 """Draws at which the surrogate is asked what a parameter does."""
 
 
-def write(file: Path, name: str, space: Space, trials: list[Trial], choice: Choice) -> None:
+def write(folder: Path, name: str, space: Space, trials: list[Trial], choice: Choice) -> None:
+    """Write `report.html` into the search's folder, and its content as SEARCH beside it and beside the best project."""
     metric, sign, best = choice.metrics[0], float(choice.signs[0]), choice.best
     done = [t for t in trials if t.status != FAILED]
     short = {key: key.rpartition(".")[2] for key in space.dimensions}
     parts = [
-        f"<h1>{html.escape(name)}: search</h1>",
         f"<p class=lead>{html.escape(choice.said)}: {choice.values(best)}, trial {best.number} of {len(trials)}.</p>",
         f"<h2>History</h2>{_history(done, metric, sign)}",
     ]
@@ -41,7 +43,11 @@ def write(file: Path, name: str, space: Space, trials: list[Trial], choice: Choi
         parts.append(f"<h2>Stopped and failed</h2>{table(('trial', 'ended', 'why'), told)}")
     if taken := [(t.number, t.from_) for t in trials if t.from_ is not None]:
         parts.append(f"<h2>Population</h2>{table(('trial', 'took over last'), taken)}")
-    write_bytes(file, page(f"{name}: search", "".join(parts)).encode())
+    title, content = html.escape(f"{name}: search"), "".join(parts)
+    write_bytes(folder / "report.html", page(f"{name}: search", f"<h1>{title}</h1>{content}").encode())
+    inside = content.replace("<h2>", "<h3>").replace("</h2>", "</h3>").replace(" class=lead", "")
+    for place in (folder, folder / "best"):
+        write_bytes(place / SEARCH, f"<h2>Search</h2>{inside}".encode())
 
 
 def _front(done: list[Trial], choice: Choice) -> str:

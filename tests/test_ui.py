@@ -52,6 +52,31 @@ def test_the_page_shows_what_is_at_work_and_then_the_report(run):
             pass
 
 
+def test_a_search_and_an_endpoint_are_shown_while_they_work(run):
+    (run / "report.html").write_text("<main>the report</main>")
+    with served(run, 0) as url:
+        assert httpx.get(f"{url}traffic").text == ""
+        trials = [
+            {"number": 1, "status": "running"},
+            {"number": 1, "status": "finished", "values": {"val_loss": 0.5}},
+            {"number": 2, "status": "running"},
+        ]
+        (run / "tune").mkdir()
+        (run / "tune" / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trials))
+        asked = {"model": "iris", "version": "3", "protocol": "ohttp", "rows": 2}
+        lines = [{"time": 1000.0 + i, "id": str(i), "status": 200 if i else 400, "ms": 2.0 + i, **asked} for i in range(5)]
+        lines.append({**lines[0], "time": 999.0, "model": "-"})  # of another replica, which wrote later
+        (run / "serve.log").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut sho')
+        shown = httpx.get(f"{url}part").text
+        assert "2 trials: 1 finished, 1 running." in shown
+        assert "6 requests since 1970-01-01 00:16:39 UTC" in shown
+        assert "<td>iris@3</td><td>ohttp</td><td>200</td><td>4</td><td>8</td><td>4.50</td><td>5.97</td>" in shown
+        assert "<td>other paths</td>" in shown
+        tag = httpx.get(f"{url}traffic").headers["etag"]
+        assert httpx.get(f"{url}traffic", headers={"if-none-match": tag}).status_code == 304
+        assert 'look("traffic")' in httpx.get(f"{url}report.html").text
+
+
 def test_what_has_not_changed_is_not_sent_again_and_a_dead_run_is_not_at_work(run):
     (run / ".lock").write_text("999999999")
     assert "nothing is at work" in part(run)[0]

@@ -11,7 +11,8 @@ from heliograph.datasets.schema import Feature, Schema
 from heliograph.errors import BundleError, DataError, ProjectError, RegistryError
 from heliograph.jobs.attack import measure
 from heliograph.jobs.bundle import verify
-from heliograph.jobs.compare import compare, lines, paired
+from heliograph.jobs.compare import compare, lines, paired, short_names
+from heliograph.jobs.compare_report import write as write_page
 from heliograph.jobs.evaluate import Sources, evaluate, membership, threshold
 from heliograph.jobs.registry import PRODUCTION, Registry
 from heliograph.jobs.slices import worst
@@ -99,14 +100,16 @@ def test_scikit_learn_stands_beside_the_model_and_nothing_is_hidden(run):
 
 
 def test_mlflow_reads_a_run_back(run, tmp_path, monkeypatch):
-    from heliograph.jobs import report
+    from heliograph.jobs import plan, report
     from heliograph.jobs.track import track
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow.tracking import MlflowClient
 
-    loaded = project.load(run.folder.parent.parent).model_copy(update={"mlflow": str(tmp_path / "mlruns")})
-    made = report.write(loaded, run)
+    base = run.folder.parent.parent
+    loaded = project.load(base).model_copy(update={"mlflow": str(tmp_path / "mlruns")})
+    plan.note(loaded, run.folder)
+    made = report.write(loaded, base, run)
     for _ in range(2):  # the second finds that it is logged
         track(loaded, tmp_path, run, made)
     client = MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
@@ -296,11 +299,18 @@ def test_a_better_model_is_told_from_chance():
     assert paired(target, outputs(1.0), outputs(1.0), schema)["verdict"] == "no difference is shown"
 
 
-def test_a_bundle_is_no_better_than_itself(run):
+def test_a_bundle_is_no_better_than_itself(run, tmp_path):
     keys = KeyStore(run.folder / "keys")
     found = compare((run["bundle"], run["bundle"]), run["prepare"], keys, keys)
     assert found["verdict"] == "no difference is shown"
     assert all(f["low"] == f["high"] == 0 for f in found["figures"].values())
+    assert np.sum(found["confusion"], axis=(1, 2)).tolist() == [found["rows"]] * 2
+    assert short_names("a/runs/default", "a/runs/<b>") == ("default", "<b>")
+    write_page(tmp_path / "page.html", ("default", "<b>"), (run["bundle"], run["bundle"]), found)
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>default and &lt;b&gt;</h1>" in page
+    assert page.count("<svg") == 3  # differences, confusion, courses
+    assert "<h2>What differs</h2><p>Nothing.</p>" in page
 
 
 def test_wrong_labels_are_found(run, tmp_path):

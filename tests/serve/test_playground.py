@@ -168,7 +168,7 @@ def test_a_report_is_whole_without_a_network_and_open_to_everybody(browser, digi
     page.on("console", lambda message: complaints.append(message.text))
     page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith("file:") else None)
     page.goto((digits / "runs" / "default" / "report.html").as_uri())
-    expect(page.locator("svg")).to_have_count(5)
+    expect(page.locator("svg")).to_have_count(6)
     found = Axe().run(page).response["violations"]
     assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
