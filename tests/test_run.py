@@ -82,7 +82,7 @@ def test_a_second_run_reuses_everything_and_starts_no_ray(digits):
 def test_the_report_is_one_page_that_needs_no_network(digits):
     page = (digits / "runs" / "default" / "report.html").read_text()
     assert "Test accuracy" in page
-    assert page.count("<svg") == 5  # data, training, confusion, curves, calibration
+    assert page.count("<svg") == 6  # data, epochs, steps, confusion, curves, calibration
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
