@@ -33,7 +33,7 @@ from .storage import read_json, write_bytes
 HEAD_TYPE = "ray.head.default"
 """The name that Ray's fake provider knows."""
 SECONDS_TO_START = 120
-MOST_STARTS = 3
+MOST_STARTS = 5
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Command:
             self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
         return self.seen
 
-    def wait_for(self, happened: Callable[[], bool], what: str, timeout: float = 200) -> None:
+    def wait_for(self, happened: Callable[[], bool], what: str, timeout: float = 400) -> None:
         end = time.monotonic() + timeout
         while not happened():
             self.look()
@@ -85,7 +85,7 @@ class Command:
         self.process.send_signal(signal)
         return self.finish()
 
-    def finish(self, timeout: float = 280) -> tuple[int, str]:
+    def finish(self, timeout: float = 800) -> tuple[int, str]:
         """(exit code, all that it printed). Ends the whole tree when it takes longer."""
         try:
             while self.process.poll() is None:

@@ -134,20 +134,21 @@ def people(port: int) -> Iterator[None]:
         asking.join()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in RUN_ELSEWHERE and script(p)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page):
     made, port = clone
     folder = tmp_path / "clone"
     shutil.copytree(made, folder)
     (folder / "page.sh").write_text(script(page).replace("8000", str(port)))
-    environment = os.environ | {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     with (folder / "said").open("w") as said, people(port):
         reading = subprocess.Popen(
             ["bash", "page.sh"], cwd=folder, env=environment, stdout=said, stderr=said, stdin=subprocess.DEVNULL
         )
         try:
-            code = reading.wait(800)
+            code = reading.wait(1400)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in [*psutil.Process(reading.pid).children(recursive=True), psutil.Process(reading.pid)]:

@@ -72,7 +72,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def until(happened: Callable[[], Any], what: str, seconds: float = 90) -> None:
+def until(happened: Callable[[], Any], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"{what} did not happen in {seconds} s"

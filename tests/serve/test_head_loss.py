@@ -83,7 +83,7 @@ def kill_head(file: Path) -> None:
     psutil.wait_procs(head, timeout=10)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_an_endpoint_answers_while_the_head_is_away_and_a_run_goes_on_when_it_is_back(file, command, tmp_path):
     folder, storage = iris_project(tmp_path / "iris", epochs=4), tmp_path / "storage"
     project = folder / "heliograph.yaml"
@@ -100,7 +100,7 @@ def test_an_endpoint_answers_while_the_head_is_away_and_a_run_goes_on_when_it_is
         work = next((storage / "runs" / "traced" / ".work").glob("train-*"), None)
         return sum(line["steps"] for line in read_lines(work / STEPS)) if work else 0
 
-    until(lambda: steps() > 10, "some steps", 150)
+    until(lambda: steps() > 10, "some steps", 400)
     load = Load(url)
     load.start()
     until(lambda: len(load.answers) > 50, "some answers")
