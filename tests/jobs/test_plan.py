@@ -50,7 +50,7 @@ def until(happened, seconds):
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
 for line in sys.stdin:
     demand = json.loads(line)
-    until(lambda: not kinds(), 60)
+    until(lambda: not kinds(), 240)
     group = placement_group(demand["bundles"], strategy=demand["strategy"])
     placed = group.wait(demand["seconds"])
     print(json.dumps({"placed": placed, "nodes": kinds()}), flush=True)

@@ -139,14 +139,14 @@ def test_a_run_survives_its_client_a_node_and_a_cancel_and_trains_each_row_once_
     def steps() -> int:
         return sum(line["steps"] for line in read_lines(training() / STEPS)) if training() else 0
 
-    until(lambda: steps() > 10, "some steps", 150)
+    until(lambda: steps() > 10, "some steps", 400)
     following.end(signal.SIGKILL)
     code, output = leaving.end(signal.SIGINT)
     assert code == 130 and "long: goes on without us" in output and "Traceback" not in output, output
     node, before = raylets()[0], steps()
     killed = time.monotonic()
     node.kill()
-    until(lambda: any(e["text"].endswith("going on") for e in read_lines(training() / EVENTS)), "going on", 120)
+    until(lambda: any(e["text"].endswith("going on") for e in read_lines(training() / EVENTS)), "going on", 400)
     print(f"a killed node: going on after {time.monotonic() - killed:.1f} s")
     until(lambda: steps() > before + 10, "more steps")
     code, output = command("cancel", "long", "--cluster", rehearsal.file).finish()
@@ -174,7 +174,7 @@ def test_a_run_that_would_cost_too_much_is_stopped_with_a_checkpoint_and_goes_on
     running = command("submit", folder, "--cluster", file, "--name", "dear")
     with prometheus(tmp_path / "watching") as seen:
         # Figures of the runs before are there still.
-        until(lambda: (seen.value('ray_heliograph_train_step{model="dear"}') or 0) > 10, "steps that Prometheus sees", 150)
+        until(lambda: (seen.value('ray_heliograph_train_step{model="dear"}') or 0) > 10, "steps that Prometheus sees", 400)
         until(lambda: 0 < (seen.value('ray_heliograph_run_dollars{run="dear"}') or 0) < 0.2, "what it cost so far")
         assert seen.value('max(ray_heliograph_run_nodes{run="dear",kind="gpu"})') >= 1
         code, output = running.finish()
