@@ -1,6 +1,7 @@
 """Shared by all tests: one Ray in this process, one finished run of the digits example, and commands as a user types them."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -24,6 +25,15 @@ def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(2) as running:
         running.start()
         yield running
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests that start clusters of their own: one file of them at a time, whichever worker has it. Two at once are more than
+    Ray's fixed limits for the start of its processes allow on two cores."""
+    with (tmp_path_factory.getbasetemp().parent / "quiet.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

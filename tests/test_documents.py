@@ -57,7 +57,7 @@ RUN_ELSEWHERE = {"tutorial", "keras", "index"}
 
 
 @pytest.fixture(scope="module")
-def clone(digits, tmp_path_factory) -> tuple[Path, int]:
+def clone(quiet, digits, tmp_path_factory) -> tuple[Path, int]:
     """The examples, with two versions of the digits; what pages speak of; and the port in the place of 8000."""
     folder = tmp_path_factory.mktemp("documents")
     unwanted = shutil.ignore_patterns("runs", "registry", "__pycache__")
@@ -134,7 +134,7 @@ def people(port: int) -> Iterator[None]:
         asking.join()
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2700)
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in RUN_ELSEWHERE and script(p)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page):
     made, port = clone

@@ -75,8 +75,8 @@ def file(tmp_path) -> Path:
     return tmp_path / "cluster.yaml"
 
 
-@pytest.mark.timeout(1500)
-def test_a_plan_is_what_the_provider_launches(file, monkeypatch):
+@pytest.mark.timeout(2700)
+def test_a_plan_is_what_the_provider_launches(quiet, file, monkeypatch):
     described, capacity = spec.load(file)
     began, said = [], []
 
