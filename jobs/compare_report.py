@@ -6,7 +6,7 @@ from typing import Any
 
 from ..cluster.storage import read_json, write_bytes
 from .compare import lines
-from .drawing import BLUE, ORANGE, confusion, page, svg, table
+from .drawing import BLUE, by_epoch, confusion, page, svg, table
 from .watch import METRICS, read_lines
 
 MOST_CLASSES = 30
@@ -82,17 +82,4 @@ def _courses(courses: list[list[dict[str, Any]]], names: tuple[str, str]) -> str
         for key in ("val_loss", "val_accuracy", "val_mae")
         if key in line
     ]
-    return svg({
-        "facet": {"field": "metric", "type": "nominal", "title": "of validation rows"},
-        "spec": {
-            "mark": {"type": "line", "point": {"size": 20}},
-            "encoding": {
-                "x": {"field": "epoch", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}},
-                "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-                "color": {"field": "model", "type": "nominal", "title": None, "sort": list(names),
-                          "scale": {"range": [BLUE, ORANGE]}},
-            },
-            "width": 280, "height": 180,
-        },
-        "resolve": {"scale": {"y": "independent"}}, "data": {"values": values},
-    })  # fmt: skip
+    return by_epoch(values, "model", "of validation rows")

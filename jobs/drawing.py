@@ -30,6 +30,23 @@ def svg(spec: dict[str, Any]) -> str:
     return f"<figure>{drawn.replace(INK, 'currentColor')}</figure>"
 
 
+def by_epoch(values: list[dict[str, Any]], by: str, title: str | None = None) -> str:
+    """Courses of a training: `epoch`, `value`, `metric` (a chart each), and what tells the lines apart, by that name."""
+    return svg({
+        "facet": {"field": "metric", "type": "nominal", "title": title},
+        "spec": {
+            "mark": {"type": "line", "point": {"size": 20}, "strokeWidth": 2},
+            "encoding": {
+                "x": {"field": "epoch", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}},
+                "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+                "color": {"field": by, "type": "nominal", "title": None, "sort": None, "scale": {"range": [BLUE, ORANGE]}},
+            },
+            "width": 280, "height": 180,
+        },
+        "resolve": {"scale": {"y": "independent"}}, "data": {"values": values},
+    })  # fmt: skip
+
+
 def confusion(classes: list[Any], matrices: dict[str, list[list[int]]]) -> str:
     """Rows of each truth (down) and prediction (across), side by side by their titles."""
     order = [str(c) for c in classes]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .drawing import BLUE, ORANGE, svg, table
+from .drawing import BLUE, ORANGE, by_epoch, svg, table
 from .watch import EVENTS, METRICS, STEPS, read_lines
 
 MOST_STEPS = 400
@@ -44,18 +44,7 @@ def _curves(history: list[dict[str, Any]]) -> str:
         for key in line
         if (name := key.removeprefix("val_")) in ("loss", "accuracy", "mae")
     ]
-    line = {
-        "mark": {"type": "line", "point": {"size": 20}, "strokeWidth": 2},
-        "encoding": {
-            "x": {"field": "epoch", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}},
-            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "color": {"field": "rows", "type": "nominal", "title": None, "scale": {"range": [BLUE, ORANGE]}},
-        },
-        "width": 280,
-        "height": 180,
-    }
-    facet = {"field": "metric", "type": "nominal", "title": None}
-    return svg({"facet": facet, "spec": line, "resolve": {"scale": {"y": "independent"}}, "data": {"values": values}})
+    return by_epoch(values, "rows")
 
 
 def _steps(steps: list[dict[str, Any]], odd: set[int]) -> str:

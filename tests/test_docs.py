@@ -101,7 +101,6 @@ def test_the_keras_tutorial_comes_over(tmp_path):
     assert check(project.load(tmp_path), tmp_path)[-1] == "ok"
 
 
-@pytest.mark.timeout(2700)
 def test_the_tutorial_does_what_it_says(tmp_path):
     """Its blocks in their order, in an empty folder, as a newcomer types them. A server is asked, then interrupted."""
     page, port = ROOT / "docs" / "tutorial.md", free_port()

@@ -140,7 +140,6 @@ def people(port: int) -> Iterator[None]:
         asking.join()
 
 
-@pytest.mark.timeout(2700)
 @pytest.mark.parametrize("page", sorted(filter(here, PAGES), key=lambda page: page.stem == CLUSTERS), ids=lambda page: page.stem)
 def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page, request):
     if page.stem == CLUSTERS:

@@ -86,7 +86,6 @@ def test_the_report_is_one_page_that_needs_no_network(digits):
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.timeout(2700)
 def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, command):
     folder = iris_project(tmp_path / "iris", epochs=40)
     run = folder / "runs" / "default"

@@ -104,7 +104,6 @@ def made(tmp_path_factory, cluster) -> Run:
 # What was made
 
 
-@pytest.mark.timeout(2700)
 def test_every_form_is_smaller_and_described(made):
     found = rows(made)
     assert found["original"]["figures"]["size"] == 1
@@ -222,7 +221,6 @@ def test_other_programs_load_what_is_taken_out_and_answer_the_same(made, tmp_pat
 # Interrupted, sealed, and with several workers
 
 
-@pytest.mark.timeout(2700)
 def test_what_was_interrupted_goes_on_from_its_checkpoint(tmp_path, command):
     folder = written(tmp_path / "spots", "    long: [{step: prune, epochs: 150}, int8]\n")
     running = command("run", folder)
@@ -241,7 +239,6 @@ def test_what_was_interrupted_goes_on_from_its_checkpoint(tmp_path, command):
     assert note["candidates"][1]["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.timeout(2700)
 def test_two_workers_make_one_model_and_what_is_sealed_stays_sealed(tmp_path, cluster):
     recipes = "    pruned: [{step: prune, sparsity: 0.7}, int8]\n    taught: [{step: distil, hp: {filters: 4}}]\n"
     run = executed(written(tmp_path / "spots", recipes, train="workers: 2, encrypt: true"), cluster)
@@ -412,7 +409,6 @@ def test_the_project_file_is_checked(tmp_path):
         assert said in str(caught.value), textwrap.indent(str(caught.value), "  ")
 
 
-@pytest.mark.timeout(2700)
 def test_a_recipe_that_fails_keeps_the_others(tmp_path, cluster, made):
     folder = tmp_path / "bad"
     shutil.copytree(made.folder.parent.parent, folder)

@@ -86,7 +86,6 @@ def of(place: Path, run: Run, version: int) -> np.ndarray:
     return Engine(bundle, bundle, keys=keys).forward(sample(run["prepare"], keys, "validation", 40)[0])
 
 
-@pytest.mark.timeout(2700)
 def test_answers_are_averaged_weighted_and_stacked_in_one_bundle(place, cluster):
     run = fused(place, cluster, "spots@1, spots@2", "mean")
     expected = np.mean([of(place, run, version) for version in (1, 2)], axis=0)
@@ -108,7 +107,6 @@ def test_answers_are_averaged_weighted_and_stacked_in_one_bundle(place, cluster)
     assert last.weights[0].shape == (6, 3)
 
 
-@pytest.mark.timeout(2700)
 def test_weights_are_averaged_where_there_is_one_ancestor_and_nowhere_else(place, cluster):
     run = fused(place, cluster, "spots@3, spots@4", "soup")
     models = [keras.saving.load_model(place / "registry" / "spots" / v / "model.keras", compile=False) for v in ("3", "4")]
@@ -126,7 +124,6 @@ def test_weights_are_averaged_where_there_is_one_ancestor_and_nowhere_else(place
         fused(place, cluster, "spots@1, spots@2", "soup")
 
 
-@pytest.mark.timeout(2700)
 def test_every_mistake_is_a_line(place, cluster):
     bundle, other = place / "registry" / "spots" / "1", place / "other"
     shutil.copytree(bundle, other)

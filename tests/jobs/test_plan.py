@@ -75,7 +75,6 @@ def file(tmp_path) -> Path:
     return tmp_path / "cluster.yaml"
 
 
-@pytest.mark.timeout(2700)
 def test_a_plan_is_what_the_provider_launches(quiet, file, monkeypatch):
     described, capacity = spec.load(file)
     began, said = [], []

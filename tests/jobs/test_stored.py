@@ -41,7 +41,6 @@ def folder(s3, tmp_path, monkeypatch):
     return made
 
 
-@pytest.mark.timeout(2700)
 def test_digits_with_everything_in_object_storage_goes_on_on_another_machine(folder, command, tmp_path, monkeypatch):
     bucket, draw = Bucket(RUN), random.Random(1)
 

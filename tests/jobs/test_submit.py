@@ -89,7 +89,6 @@ def test_a_run_takes_the_cluster_from_no_node_to_two_and_back_to_none(rehearsal,
     assert code == 0 and "0 gpu of 2; 0 GPUs" in output and "iris: succeeded" in output
 
 
-@pytest.mark.timeout(2700)
 def test_an_endpoint_takes_nodes_for_its_replicas_until_it_is_cancelled(rehearsal, command, tmp_path):
     folder = iris_project(tmp_path / "iris")
     file = folder / "heliograph.yaml"
@@ -122,7 +121,6 @@ def raylets() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.timeout(2700)
 def test_a_run_survives_its_client_a_node_and_a_cancel_and_trains_each_row_once_an_epoch(rehearsal, command, tmp_path):
     folder = traced.project(tmp_path / "project", "2", epochs=6, pause=0.2, train="resources: {gpus: 1}")
     code, output = command("submit", folder, "--cluster", rehearsal.file, "--name", "long", "--no-wait").finish()
@@ -159,7 +157,6 @@ def test_a_run_survives_its_client_a_node_and_a_cancel_and_trains_each_row_once_
     traced.check(folder, run / "prepare", run / "train")
 
 
-@pytest.mark.timeout(2700)
 def test_a_run_that_would_cost_too_much_is_stopped_with_a_checkpoint_and_goes_on_when_more_is_allowed(
     rehearsal, command, tmp_path
 ):

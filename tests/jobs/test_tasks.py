@@ -67,7 +67,6 @@ SCHEMA = Schema(
 )  # fmt: skip
 
 
-@pytest.mark.timeout(2700)
 def test_a_model_of_two_targets_is_trained_judged_and_taken_out_by_name(tmp_path, cluster):
     train = "balance: uncertainty, tasks: {light: {loss: huber, metrics: [mae, mse]}}, "
     run = executed(written(tmp_path / "spots", train=train), cluster)

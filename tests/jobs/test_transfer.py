@@ -72,7 +72,6 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.timeout(2700)
 def test_what_is_frozen_stays_to_the_bit_until_its_epoch(tmp_path, cluster, source):
     before = weights(source)
     run = trained(tmp_path / "spots", cluster, source, "freeze: [conv*, norm*], unfreeze: {3: [conv2]}", epochs=3)
@@ -88,7 +87,6 @@ def test_what_is_frozen_stays_to_the_bit_until_its_epoch(tmp_path, cluster, sour
     assert note["lineage"]["ancestor"] == transfer.digest(source)
 
 
-@pytest.mark.timeout(2700)
 def test_adapters_are_kept_apart_and_merge(tmp_path, cluster, source):
     run = trained(tmp_path / "lora", cluster, source, "lora: {rank: 2, layers: [conv*, dense1]}")
     before, after = weights(source), weights(run["train"] / "model.keras")

@@ -72,7 +72,6 @@ def searched(folder: Path, cluster, name: str = "default") -> str:
     return console.file.getvalue() + "\n".join(found)
 
 
-@pytest.mark.timeout(2700)
 def test_a_search_killed_twice_goes_on_and_its_trials_are_those_of_an_undisturbed_one(tmp_path, command, cluster):
     folder = write(tmp_path / "tuned", trials=7)
     for ended in (1, 3):  # in the middle of the trial after
@@ -121,7 +120,6 @@ def test_failed_trials_are_told_and_a_small_space_ends(tmp_path, cluster):
     assert sum(line["status"] == "finished" for line in lines(folder)) == 4
 
 
-@pytest.mark.timeout(2700)
 def test_halving_holds_what_is_behind_and_goes_on_after_a_kill(tmp_path, command):
     """Of 9 trials three go on after the first epoch, and one of them to the end; each epoch is trained once."""
     folder = write(tmp_path / "tuned", trials=9, more="scheduler: asha, grace: 1, search: random, ", epochs=9)
@@ -158,7 +156,6 @@ def test_fractions_of_the_data_and_brackets(tmp_path, cluster):
     assert rows[3] >= 6 * rows[1]  # steps of an epoch: a ninth of the shards, and all
 
 
-@pytest.mark.timeout(2700)
 def test_a_population_takes_over_what_is_best_and_goes_on_after_a_kill(tmp_path, command):
     more = "scheduler: pbt, grace: 2, search: random, "
     space = "{train.optimizer.learning_rate: {choice: [1.0e-7, 0.01, 0.02, 1.1e-7]}, model.hp.units: {integer: [16, 20]}}"
@@ -208,7 +205,6 @@ def test_no_trial_begins_that_would_cost_too_much(tmp_path, cluster, monkeypatch
         searched(folder, cluster)
 
 
-@pytest.mark.timeout(2700)
 def test_trials_of_two_workers_share_their_group_and_start_from_another_run(tmp_path, cluster):
     """And the best one equals the training of the same configuration by a run."""
     folder = write(tmp_path / "tuned", trials=3, more="search: random, ", workers=2)

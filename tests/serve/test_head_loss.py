@@ -83,7 +83,6 @@ def kill_head(file: Path) -> None:
     psutil.wait_procs(head, timeout=10)
 
 
-@pytest.mark.timeout(2700)
 def test_an_endpoint_answers_while_the_head_is_away_and_a_run_goes_on_when_it_is_back(file, command, tmp_path):
     folder, storage = iris_project(tmp_path / "iris", epochs=4), tmp_path / "storage"
     project = folder / "heliograph.yaml"
