@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, StorageError
+from .bytecode import CACHE
 from .objects import PART_BYTES, SCHEME, THREADS, Bucket, Changed, digest_of
 from .storage import read_json, write_json
 
@@ -33,7 +34,7 @@ log = logging.getLogger("heliograph")
 MANIFEST, NOTE = "manifest.json", ".mirror.json"
 LEFT_HERE = ("keys", "ray-logs")
 SECONDS_BETWEEN = 5.0
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heliograph" / "runs"
+RUNS = CACHE / "runs"
 Stamp = tuple[int, int]
 """(nanoseconds of the last change, bytes)."""
 
@@ -50,7 +51,7 @@ class _Known:
 
 def folder_of(url: str) -> Path:
     """Where a run works on this machine."""
-    return CACHE / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return RUNS / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
 def url_of(folder: Path) -> str | None:

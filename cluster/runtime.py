@@ -30,7 +30,7 @@ import psutil
 
 from .. import errors
 from ..errors import HeliographError
-from . import haproxy
+from . import bytecode, haproxy
 from .spec import Capacity
 
 PREFIX = "heliograph-"
@@ -205,6 +205,7 @@ def environment(temp: Path, token: str) -> dict[str, str]:
     first = 20_000 + os.getpid() * REPLICA_PORTS % 12_000
     return {
         **READ_AT_IMPORT,
+        **bytecode.variables(),
         "RAY_AUTH_TOKEN": token,
         "TMPDIR": str(temp),  # TensorFlow leaves a file there for each function that it compiles
         "ORT_DISABLE_TELEMETRY": "1",
@@ -231,6 +232,8 @@ def environment(temp: Path, token: str) -> dict[str, str]:
         # A replica that dies with a request in hand: the proxy sends the request to another one.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_RETRIES": "5",
+        # How long a proxy may take to start. With Ray's 5 s, one that a busy machine starts slowly is killed and started anew.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",

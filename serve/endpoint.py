@@ -94,7 +94,10 @@ def start(endpoint: Endpoint, cluster: LocalCluster | JoinedCluster, say: Callab
         public.unlink(missing_ok=True)
         if options.tls:
             write_json(public, {"host": options.host, "keys": str(endpoint.keys.folder)})
-    serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=LOOPBACK, port=options.port))
+    try:
+        serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=LOOPBACK, port=options.port))
+    except TimeoutError as error:
+        raise EndpointError(f"{endpoint.url}: {error} This machine has too much to do now: try again") from None
     if not _found(endpoint, cluster):
         serve.run(_bound(endpoint), name=endpoint.name, route_prefix="/")
     audit = Audit(endpoint.keys)

@@ -112,7 +112,7 @@ def test_a_file_that_grows_and_commits_that_come_between_leave_every_snapshot_wh
 
 
 def test_a_run_is_stored_while_it_works_and_at_its_end(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("heliograph.cluster.mirror.CACHE", tmp_path)
+    monkeypatch.setattr("heliograph.cluster.mirror.RUNS", tmp_path)
     monkeypatch.setattr("heliograph.cluster.mirror.SECONDS_BETWEEN", 0.1)
     folder = placed(URL)
     assert (folder, url_of(folder)) == (folder_of(URL), URL)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import py_compile
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from heliograph.cluster import haproxy
+from heliograph.cluster import bytecode, haproxy
 from heliograph.cluster.runtime import PREFIX, TEMP, explained, free_port, keep_on_loopback, sweep
 from heliograph.cluster.storage import publish_folder, write_bytes
 from heliograph.errors import CapsuleError, DataError, HeliographError, RequestError
@@ -38,6 +39,23 @@ def test_haproxys_wildcard_binds_become_loopback_and_no_other_line_changes(tmp_p
     haproxy.write_launcher(tmp_path / "haproxy")
     done = subprocess.run([tmp_path / "haproxy", "-v"], capture_output=True, text=True, check=False, cwd="/")
     assert "HAProxy version" in done.stdout, done.stderr
+
+
+def test_processes_share_compiled_modules_where_none_are_kept_beside_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "often").mkdir()
+    source = tmp_path / "often" / "__init__.py"
+    source.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bytecode, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert bytecode.variables("often") == {}  # as usual: Python keeps them itself
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    given = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | bytecode.variables("often")
+    subprocess.run([sys.executable, "-c", "import often"], check=True, cwd=tmp_path, env=given)
+    assert [file.name.split(".")[0] for file in (tmp_path / "cache").rglob("often/*.pyc")] == ["__init__"]
+    assert list(source.parent.iterdir()) == [source]
+    py_compile.compile(str(source))
+    assert bytecode.variables("often") == {}  # compiled when it was installed
 
 
 CONFIG = """global

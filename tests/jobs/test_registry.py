@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..conftest import ROOT
 
 @pytest.fixture(params=["folder", "bucket"])
 def registry(request, tmp_path, monkeypatch):
-    monkeypatch.setattr("heliograph.cluster.mirror.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("heliograph.cluster.mirror.RUNS", tmp_path / "cache")
     if request.param == "bucket":
         request.getfixturevalue("s3")
     made = registry_at("s3://runs/registry" if request.param == "bucket" else "registry", tmp_path)
@@ -32,9 +31,10 @@ def registry(request, tmp_path, monkeypatch):
     return made
 
 
-def promoted(registry: Registry, version: int, when: float) -> bool:
+def promoted(registry: Registry, version: int) -> bool:
     seen = registry.state("pets")
-    time.sleep(max(0.0, when - time.time()))  # so that all have read the same
+    print("ready", flush=True)
+    input()  # all have read the same
     try:
         registry.replace("pets", seen, seen.moved(PRODUCTION, version))
     except RegistryError:
@@ -44,17 +44,19 @@ def promoted(registry: Registry, version: int, when: float) -> bool:
 
 def test_of_those_who_move_an_alias_at_the_same_time_exactly_one_wins(registry):
     script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[4]); from tests.jobs.test_registry import promoted; "
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3]); from tests.jobs.test_registry import promoted; "
         "from heliograph.jobs.registry import registry_at; "
-        "print(promoted(registry_at(sys.argv[1], Path()), int(sys.argv[2]), float(sys.argv[3])))"
+        "print(promoted(registry_at(sys.argv[1], Path()), int(sys.argv[2])))"
     )
-    when = time.time() + 8
+    command = [sys.executable, "-c", script, str(registry)]
     racing = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(registry), str(v), str(when), str(ROOT)], stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(v), str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for v in (1, 2, 3, 4)
     ]
+    assert [process.stdout.readline() for process in racing] == ["ready\n"] * 4
+    for process in racing:
+        process.stdin.write("\n")
+        process.stdin.flush()
     won = [v for v, process in enumerate(racing, 1) if process.communicate()[0].strip() == "True"]
     assert len(won) == 1
     state = registry.state("pets")

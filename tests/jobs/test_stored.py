@@ -67,7 +67,7 @@ def test_digits_with_everything_in_object_storage_goes_on_on_another_machine(fol
     code, output = command("run", folder, "--run", RUN).finish()
     assert code == 0 and output.count("reused") >= 5, output
     assert not (folder / "runs").exists() and not (folder / "registry").exists()
-    monkeypatch.setattr("heliograph.cluster.mirror.CACHE", tmp_path / "machine" / "heliograph" / "runs")
+    monkeypatch.setattr("heliograph.cluster.mirror.RUNS", tmp_path / "machine" / "heliograph" / "runs")
     run = folder_of(RUN)
     assert "going on after step" in (run / "run.log").read_text()
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
