@@ -77,6 +77,8 @@ class Mirror:
         Raises StorageError."""
         for _ in range(3):
             found = self.bucket.get(MANIFEST)
+            if found is None:
+                self._known = _Known()  # what was stored before was taken away: all of it follows anew
             if found is None or found[1] == self._known.tag:
                 self._note()
                 return

@@ -20,6 +20,7 @@ PART_BYTES = 16 << 20
 THREADS = 8
 SCHEME = "s3://"
 EXPLAINED = {
+    "NoSuchKey": "somebody took away what was stored there: the same command, once more, stores what this machine has",
     "NoSuchBucket": "there is no such bucket: make it, or correct its name",
     "InvalidAccessKeyId": "the access key is not known there: correct AWS_ACCESS_KEY_ID or the profile",
     "SignatureDoesNotMatch": "the secret key is wrong: correct AWS_SECRET_ACCESS_KEY or the profile",

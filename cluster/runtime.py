@@ -304,8 +304,13 @@ def _uninterrupted() -> Iterator[None]:
         yield
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Why a disk takes no more."""
+NOT_WRITTEN = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "it can only be read",
+    errno.EACCES: "let this account write there",
+}
+"""Why a disk takes no more, and what to do."""
 
 
 def explained(error: BaseException) -> HeliographError | None:
@@ -324,10 +329,11 @@ def explained(error: BaseException) -> HeliographError | None:
     said = re.findall(rf"^{errors.__name__}\.(\w+): (.+)$", str(error), re.MULTILINE)
     if said:
         return getattr(errors, said[-1][0])(said[-1][1])
-    full = re.search(rf"\[Errno (?:{'|'.join(map(str, FULL))})\][^\n]*", "\n".join(map(str, seen)))
+    full = re.search(rf"\[Errno ({'|'.join(map(str, NOT_WRITTEN))})\][^\n]*", "\n".join(map(str, seen)))
     if full is None:
         return None
-    return errors.StorageError(f"{full[0]}: make room, or name another --run: the same command goes on from there")
+    what = NOT_WRITTEN[int(full[1])]
+    return errors.StorageError(f"{full[0]}: {what}, or name another --run: the same command goes on from there")
 
 
 def project_imports(folder: Path) -> None:

@@ -10,7 +10,7 @@ import html
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from ..cluster.storage import read_json
 from ..errors import PortInUse
 from .drawing import BLUE, page, svg, table
 from .record import TRIALS
-from .traffic_report import traffic
+from .traffic_report import LOG, traffic
 from .training_report import training
-from .watch import METRICS, STEPS, read_lines
+from .watch import EVENTS, METRICS, STEPS, read_lines
 
 LOG_LINES = 12
 SCRIPT = """<p id=gone hidden role=alert>The page's server has ended.</p><script>
@@ -59,10 +59,23 @@ def part(folder: Path) -> tuple[str, bool]:
         table(("stage", ""), rows),
     ]
     places = [place for _, _, place in working if (place / METRICS).exists() or (place / STEPS).exists()]
-    drawn = [training(place) for place in places or [folder / "train"]]
+    drawn = [_drawn(training, place, METRICS, STEPS, EVENTS) for place in places or [folder / "train"]]
     parts += [f"<h2>Training</h2>{each}" for each in drawn if each]
-    parts += [_search(folder), traffic(folder), _log(folder)]
+    parts += [_drawn(_search, folder, f"tune/{TRIALS}"), _drawn(traffic, folder, LOG), _log(folder)]
     return "".join(parts), ended
+
+
+_known: dict[tuple[Callable[[Path], str], Path], tuple[list[tuple[int, int]], str]] = {}
+
+
+def _drawn(draw: Callable[[Path], str], folder: Path, *names: str) -> str:
+    """What is drawn of a folder's files: anew when one of them has changed, not each time that a page asks."""
+    found = [(folder / name).stat() for name in names if (folder / name).exists()]
+    stamps = [(stat.st_mtime_ns, stat.st_size) for stat in found]
+    known = _known.get((draw, folder))
+    if known is None or known[0] != stamps:
+        known = _known[draw, folder] = stamps, draw(folder)
+    return known[1]
 
 
 def _search(folder: Path) -> str:
@@ -132,7 +145,7 @@ def served(folder: Path, port: int) -> Iterator[str]:
                     text, ended = part(folder)
                     self._send_changed(text, {"run-ended": "yes"} if ended else {})
                 case "/traffic":  # an endpoint may be asked long after the run has ended
-                    self._send_changed(traffic(folder), {})
+                    self._send_changed(_drawn(traffic, folder, LOG), {})
                 case "/report.html" if (folder / "report.html").exists():
                     self._send((folder / "report.html").read_text().replace("</main>", f"{SCRIPT % 'traffic'}</main>"))
                 case _:

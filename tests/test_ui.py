@@ -8,7 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 from heliograph.errors import PortInUse
+from heliograph.jobs import live
 from heliograph.jobs.live import part, served
+from heliograph.jobs.traffic_report import traffic
 
 
 @pytest.fixture
@@ -75,6 +77,18 @@ def test_a_search_and_an_endpoint_are_shown_while_they_work(run):
         tag = httpx.get(f"{url}traffic").headers["etag"]
         assert httpx.get(f"{url}traffic", headers={"if-none-match": tag}).status_code == 304
         assert 'look("traffic")' in httpx.get(f"{url}report.html").text
+
+
+def test_what_an_endpoint_was_asked_is_read_again_when_there_is_more(run, monkeypatch):
+    line = {"time": 1000.0, "status": 200, "ms": 2.0, "model": "iris", "version": "3", "protocol": "json", "rows": 1}
+    log, read = run / "serve.log", []
+    monkeypatch.setattr(live, "traffic", lambda folder: read.append(folder) or traffic(folder))
+    log.write_text(json.dumps(line) + "\n")
+    assert "1 requests since" in part(run)[0] and "1 requests since" in part(run)[0]
+    assert len(read) == 1
+    with log.open("a") as more:
+        more.write(json.dumps(line) + "\n")
+    assert "2 requests since" in part(run)[0]
 
 
 def test_what_has_not_changed_is_not_sent_again_and_a_dead_run_is_not_at_work(run):

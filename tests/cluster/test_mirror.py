@@ -74,6 +74,20 @@ def test_what_was_done_here_and_not_stored_yet_is_kept(here):
     assert mirror.push()
 
 
+def test_what_somebody_took_away_is_stored_again(here):
+    bucket = Bucket(URL)
+    mirror = Mirror(here, URL)
+    mirror.pull()
+    bucket.delete(bucket.names())
+    write(here, run_log=b"more")
+    with pytest.raises(StorageError, match="somebody took away what was stored there"):
+        mirror.push()
+    mirror = Mirror(here, URL)
+    mirror.pull()
+    assert mirror.push()
+    assert len(bucket.names()) == 5  # all of it
+
+
 def test_a_file_that_grows_and_commits_that_come_between_leave_every_snapshot_whole(here, tmp_path):
     """A stage's record and its folder change together; a reader must never have one without the other."""
     ended = threading.Event()
