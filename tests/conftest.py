@@ -1,7 +1,6 @@
 """Shared by all tests: one Ray in this process, one finished run of the digits example, and commands as a user types them."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -27,13 +26,18 @@ def cluster() -> Iterator[LocalCluster]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For tests that start clusters of their own: one file of them at a time, whichever worker has it. Two at once are more than
-    Ray's fixed limits for the start of its processes allow on two cores."""
-    with (tmp_path_factory.getbasetemp().parent / "quiet.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay together, whole programs before their parts, so that no long file is the last. What starts clusters
+    of its own is one worker's, from the beginning: two at once are more than Ray's fixed limits for the start of its processes
+    allow on two cores."""
+
+    def starts_some(item: pytest.Item) -> bool:
+        return item.get_closest_marker("clusters") is not None
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("clusters" if starts_some(item) else item.location[0]))
+    items.sort(key=lambda item: (starts_some(item), item.location[0]), reverse=True)
 
 
 @pytest.fixture(scope="session")

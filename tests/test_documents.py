@@ -28,6 +28,8 @@ from sklearn.datasets import load_digits, load_iris
 from .conftest import ROOT, Command
 from .test_docs import PAGES, blocks
 
+pytestmark = pytest.mark.clusters
+
 BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 SERVES = re.compile(r"heliograph (serve|relay|ui) ")
 BEGINNING = """\
@@ -43,17 +45,16 @@ set -x
 KUBECTL = "#!{python}\nimport sys, yaml\nassert all(part['kind'] for part in yaml.safe_load_all(sys.stdin)), sys.argv\n"
 READY = """\
 import sys, time, httpx, psutil
+client = httpx.Client()
 while psutil.pid_exists(int(sys.argv[1])):
     try:
-        httpx.get("http://127.0.0.1:{port}/v2/health/ready").raise_for_status()
+        client.get("http://127.0.0.1:{port}/v2/health/ready").raise_for_status()
         sys.exit()
     except httpx.HTTPError:
         time.sleep(0.3)
 sys.exit("what serves has ended")
 """
 ASKS = re.compile(r"heliograph (predict|explain|drift) ")
-CLUSTERS = "clusters"
-"""The page that starts one: read last, when no other test has one."""
 RUN_ELSEWHERE = {"tutorial", "keras", "index"}
 """By `test_docs`, and by the fixture here: the first command of all."""
 
@@ -124,12 +125,13 @@ def people(port: int) -> Iterator[None]:
     over, images = threading.Event(), load_digits().images
 
     def ask() -> None:
-        number = 0
-        while not over.wait(0.1):
-            rows = [{"image": images[(number + i) % len(images)].tolist()} for i in range(4)]
-            with contextlib.suppress(httpx.HTTPError):
-                httpx.post(f"http://127.0.0.1:{port}/v1/models/digits:predict", json={"instances": rows}, timeout=5)
-                number += 4
+        number, url = 0, f"http://127.0.0.1:{port}/v1/models/digits:predict"
+        with httpx.Client(timeout=5) as client:
+            while not over.wait(0.1):
+                rows = [{"image": images[(number + i) % len(images)].tolist()} for i in range(4)]
+                with contextlib.suppress(httpx.HTTPError):
+                    client.post(url, json={"instances": rows})
+                    number += 4
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -140,10 +142,8 @@ def people(port: int) -> Iterator[None]:
         asking.join()
 
 
-@pytest.mark.parametrize("page", sorted(filter(here, PAGES), key=lambda page: page.stem == CLUSTERS), ids=lambda page: page.stem)
-def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page, request):
-    if page.stem == CLUSTERS:
-        request.getfixturevalue("quiet")
+@pytest.mark.parametrize("page", filter(here, PAGES), ids=lambda page: page.stem)
+def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page):
     made, port = clone
     folder = tmp_path / "clone"
     shutil.copytree(made, folder)
@@ -155,7 +155,7 @@ def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page, req
             ["bash", "page.sh"], cwd=folder, env=environment, stdout=said, stderr=said, stdin=subprocess.DEVNULL
         )
         try:
-            code = reading.wait(1400)
+            code = reading.wait()
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in [*psutil.Process(reading.pid).children(recursive=True), psutil.Process(reading.pid)]:

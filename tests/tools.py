@@ -16,6 +16,9 @@ from heliograph.cluster.runtime import free_port
 
 from .conftest import ROOT
 
+ASKS = httpx.Client()
+"""One for all that waits: each that is made reads the certificates of the system, which takes longer than what it asks."""
+
 
 def tool(name: str) -> str:
     """Its path; the test is skipped where it is not there."""
@@ -31,15 +34,15 @@ class Prometheus:
 
     def targets(self) -> dict[str, str]:
         """URL to health."""
-        data = httpx.get(f"{self.url}/api/v1/targets").json()["data"]
+        data = ASKS.get(f"{self.url}/api/v1/targets").json()["data"]
         return {target["scrapeUrl"]: target["health"] for target in data["activeTargets"]}
 
     def value(self, query: str) -> float | None:
-        found = httpx.get(f"{self.url}/api/v1/query", params={"query": query}).json()["data"]["result"]
+        found = ASKS.get(f"{self.url}/api/v1/query", params={"query": query}).json()["data"]["result"]
         return float(found[0]["value"][1]) if found else None
 
     def firing(self) -> set[str]:
-        alerts = httpx.get(f"{self.url}/api/v1/alerts").json()["data"]["alerts"]
+        alerts = ASKS.get(f"{self.url}/api/v1/alerts").json()["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
 
@@ -61,14 +64,14 @@ def prometheus(folder: Path) -> Iterator[Prometheus]:
 
 def ready(url: str) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/-/ready").status_code == 200
+        return ASKS.get(f"{url}/-/ready").status_code == 200
     return False
 
 
 def answers(url: str) -> bool:
     """Whether an endpoint does."""
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/v2/health/ready").status_code == 200
+        return ASKS.get(f"{url}/v2/health/ready").status_code == 200
     return False
 
 

@@ -75,7 +75,8 @@ def file(tmp_path) -> Path:
     return tmp_path / "cluster.yaml"
 
 
-def test_a_plan_is_what_the_provider_launches(quiet, file, monkeypatch):
+@pytest.mark.clusters
+def test_a_plan_is_what_the_provider_launches(file, monkeypatch):
     described, capacity = spec.load(file)
     began, said = [], []
 

@@ -21,6 +21,8 @@ from ..conftest import iris_project
 from ..tools import answers, prometheus, until
 from . import traced
 
+pytestmark = pytest.mark.clusters
+
 FILE = """\
 name: rehearsal
 provider: local
@@ -45,7 +47,7 @@ class Rehearsal:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(quiet, tmp_path_factory) -> Iterator[Rehearsal]:
+def rehearsal(tmp_path_factory) -> Iterator[Rehearsal]:
     file = tmp_path_factory.mktemp("rehearsal") / "cluster.yaml"
     file.write_text(FILE)
     made = Rehearsal(file)

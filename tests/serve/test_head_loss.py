@@ -20,6 +20,8 @@ from ..conftest import iris_project
 from ..jobs import traced
 from ..tools import answers, redis, until
 
+pytestmark = pytest.mark.clusters
+
 FILE = """\
 name: headless
 provider: local
@@ -40,12 +42,14 @@ class Load(threading.Thread):
         self.url, self.answers, self.ended = url, [], threading.Event()
 
     def run(self) -> None:
-        while not self.ended.wait(0.1):
-            try:
-                status = httpx.post(f"{self.url}/v1/models/iris:predict", json={"instances": [ROW]}, timeout=10).status_code
-            except httpx.HTTPError as error:
-                status = repr(error)
-            self.answers.append((time.monotonic(), status))
+        each_anew = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(timeout=10, limits=each_anew) as client:
+            while not self.ended.wait(0.1):
+                try:
+                    status = client.post(f"{self.url}/v1/models/iris:predict", json={"instances": [ROW]}).status_code
+                except httpx.HTTPError as error:
+                    status = repr(error)
+                self.answers.append((time.monotonic(), status))
 
     def count(self, begin: float) -> int:
         return self.between(begin, float("inf"))[0]
@@ -56,7 +60,7 @@ class Load(threading.Thread):
 
 
 @pytest.fixture
-def file(quiet, tmp_path) -> Iterator[Path]:
+def file(tmp_path) -> Iterator[Path]:
     with redis(tmp_path / "redis") as address:
         made = tmp_path / "cluster.yaml"
         made.write_text(FILE % address)

@@ -1,12 +1,11 @@
 """Prometheus watches an endpoint: its figures, and an alert when it fails and when it is gone."""
 
-import httpx
 from heliograph.cluster import watching
 from heliograph.cluster.runtime import free_port
 from heliograph.project import Serve
 from heliograph.serve.endpoint import Endpoint
 
-from ..tools import prometheus, until
+from ..tools import ASKS, prometheus, until
 from .served import TENSOR, Room
 
 NAN = [[float("nan"), 0], [0, 1]]
@@ -25,7 +24,7 @@ def test_alerts_fire_when_a_model_fails_and_when_the_endpoint_is_gone(served, tm
             assert seen.firing() == set()
 
             def fails() -> bool:
-                answer = httpx.post(f"{url}/v1/models/pets:predict", json={"instances": [[1, 1]]})
+                answer = ASKS.post(f"{url}/v1/models/pets:predict", json={"instances": [[1, 1]]})
                 assert answer.status_code == 500
                 return "EndpointFails" in seen.firing()
 
