@@ -26,7 +26,7 @@ import psutil
 import yaml
 
 from ..errors import ClusterError
-from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port
+from .runtime import LOOPBACK, PREFIX, TEMP, environment, free_port, reserve
 from .spec import SECONDS_TO_SAVE, Capacity, Cluster, beside, fault_tolerance
 from .storage import read_json, write_bytes
 
@@ -193,7 +193,9 @@ def _port(address: str) -> int:
 
 def _variables(spec: Cluster, temp: Path, token: str, head: str) -> dict[str, str]:
     given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return given | environment(temp, token) | {
+    first, reserved = reserve()
+    reserved.close()  # its Ray outlives this process
+    return given | environment(temp, token, first) | {
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_METRIC_PORT": str(free_port()),

@@ -38,7 +38,9 @@ TEMP = Path(tempfile.gettempdir()) if len(tempfile.gettempdir()) < 12 else Path(
 """Short, since HAProxy's socket lies below it, under a folder named by a node's 56 hex digits, and 107 bytes are all
 that a Unix socket's path may have."""
 LOOPBACK = "127.0.0.1"
-REPLICA_PORTS = 100
+FIRST_PORT, PORTS, RANGES = 20_000, 100, 120
+"""Of what Serve listens on, in ranges of which each Ray on this machine has one: below the ports that the system hands out, any
+of which another process may have by the time that it is needed."""
 TOKEN = secrets.token_hex(32)
 READ_AT_IMPORT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -128,7 +130,8 @@ class LocalCluster:
         sweep()
         self.temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=TEMP))
         self.environment = dict(os.environ)
-        os.environ.update(environment(self.temp, TOKEN))
+        first, self.reserved = reserve()
+        os.environ.update(environment(self.temp, TOKEN, first))
         os.environ.pop("RAY_ADDRESS", None)
         self.strangers = set(psutil.Process().children(recursive=True))
         self.running = True
@@ -195,14 +198,32 @@ class LocalCluster:
             shutil.rmtree(self.temp, ignore_errors=True)
             os.environ.clear()
             os.environ.update(self.environment)
+            self.reserved.close()
             self.running = False
 
 
-def environment(temp: Path, token: str) -> dict[str, str]:
-    """What the processes of a Ray on this machine need, so that it stays by itself. temp: a folder of its own."""
+def reserve() -> tuple[int, socket.socket]:
+    """The first of `PORTS` ports that no other heliograph has and nobody listens on, and what keeps them: a name in the kernel,
+    free again when it is closed, and when this process ends, however it ends. Raises HeliographError when there are none.
+
+    Two Rays with one port between them would each be sent what is for the other.
+    """
+    listening = {c.laddr.port for c in psutil.net_connections("inet") if c.laddr and c.status == psutil.CONN_LISTEN}
+    for number in range(os.getpid(), os.getpid() + RANGES):
+        first = FIRST_PORT + number % RANGES * PORTS
+        held = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            held.bind(f"\0heliograph-ports-{first}")
+            if listening.isdisjoint(range(first, first + PORTS)):
+                return first, held
+        held.close()
+    raise HeliographError(f"{RANGES} ranges of ports from {FIRST_PORT} on are all in use on this machine: stop what uses them")
+
+
+def environment(temp: Path, token: str, first: int) -> dict[str, str]:
+    """What the processes of a Ray on this machine need, so that it stays by itself. temp: its folder. first: of its ports."""
     launcher = temp / "haproxy"
     haproxy.write_launcher(launcher)
-    first = 20_000 + os.getpid() * REPLICA_PORTS % 12_000
     return {
         **READ_AT_IMPORT,
         **bytecode.variables(),
@@ -222,9 +243,11 @@ def environment(temp: Path, token: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(temp / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(temp),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(temp / "server-state"),
-        # Below the ports that the system hands out, any of which another process may have by the time that HAProxy starts.
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(first + REPLICA_PORTS - 1),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + REPLICA_PORTS - 2),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(first + PORTS - 1),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + PORTS - 2),
+        # Of the proxy that is asked while no replica is ready. All have 8500 by default, and share it.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + PORTS - 3),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + PORTS - 4),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # A log line of each request, read by a Python process, costs a tenth of the throughput; replicas count themselves.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
@@ -237,9 +260,8 @@ def environment(temp: Path, token: str) -> dict[str, str]:
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        # Replicas' ports in a range of our own: another Ray's replica on one of them would be taken for ours.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 3),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 5),
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 

@@ -11,7 +11,17 @@ import time
 import psutil
 import pytest
 from heliograph.cluster import bytecode, haproxy
-from heliograph.cluster.runtime import PREFIX, TEMP, explained, free_port, keep_on_loopback, sweep
+from heliograph.cluster.runtime import (
+    PORTS,
+    PREFIX,
+    TEMP,
+    environment,
+    explained,
+    free_port,
+    keep_on_loopback,
+    reserve,
+    sweep,
+)
 from heliograph.cluster.storage import publish_folder, write_bytes
 from heliograph.errors import CapsuleError, DataError, HeliographError, RequestError
 
@@ -39,6 +49,23 @@ def test_haproxys_wildcard_binds_become_loopback_and_no_other_line_changes(tmp_p
     haproxy.write_launcher(tmp_path / "haproxy")
     done = subprocess.run([tmp_path / "haproxy", "-v"], capture_output=True, text=True, check=False, cwd="/")
     assert "HAProxy version" in done.stdout, done.stderr
+
+
+def test_no_two_heliographs_have_a_port_in_common(tmp_path):
+    first, held = reserve()
+    with held, socket.create_server(("127.0.0.1", first + PORTS)):  # the range after it has another's
+        here = (
+            f"from heliograph.cluster.runtime import reserve; import os; os.getpid = lambda: {os.getpid()}; print(reserve()[0])"
+        )
+        other = int(subprocess.run([sys.executable, "-c", here], check=True, capture_output=True, text=True).stdout)
+        assert other not in (first, first + PORTS)
+    again, held = reserve()
+    held.close()
+    assert again == first
+    given = environment(tmp_path, "token", first)
+    of_serve = {name: int(value) for name, value in given.items() if name.startswith("RAY_SERVE_") and name.endswith("_PORT")}
+    assert len(of_serve) == 6 and len(set(of_serve.values())) == 6
+    assert set(of_serve.values()) <= set(range(first, first + PORTS))
 
 
 def test_processes_share_compiled_modules_where_none_are_kept_beside_the_sources(tmp_path, monkeypatch):

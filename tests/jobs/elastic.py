@@ -25,7 +25,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "node_ip_address": "127
 
 def main(folder: Path) -> None:
     temp = Path(tempfile.mkdtemp(prefix=f"{runtime.PREFIX}{os.getpid()}-", dir="/tmp"))
-    os.environ.update(runtime.environment(temp, runtime.TOKEN))
+    os.environ.update(runtime.environment(temp, runtime.TOKEN, runtime.reserve()[0]))
     import ray
     from ray.cluster_utils import Cluster
 
