@@ -14,9 +14,11 @@ from typing import Any
 import psutil
 import pytest
 from heliograph.cluster.runtime import LocalCluster, free_port
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 VECTORS = Path(__file__).parent / "vectors"
+CLUSTERS = {"test_documents.py", "test_head_loss.py", "test_plan.py", "test_submit.py"}
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +28,25 @@ def cluster() -> Iterator[LocalCluster]:
         yield running
 
 
-@pytest.hookimpl(tryfirst=True)
+def scope(nodeid: str) -> str:
+    """What one worker tests: a file, or all that start clusters of their own. Two of those at once are more than Ray's fixed
+    limits for the start of its processes allow on two cores."""
+    file = nodeid.split("::", maxsplit=1)[0]
+    return "clusters" if Path(file).name in CLUSTERS else file
+
+
+class Scopes(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Scopes(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay together, whole programs before their parts, so that no long file is the last. What starts clusters
-    of its own is one worker's, from the beginning: two at once are more than Ray's fixed limits for the start of its processes
-    allow on two cores."""
-
-    def starts_some(item: pytest.Item) -> bool:
-        return item.get_closest_marker("clusters") is not None
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("clusters" if starts_some(item) else item.location[0]))
-    items.sort(key=lambda item: (starts_some(item), item.location[0]), reverse=True)
+    """Clusters, which take longest, from the beginning; whole programs before their parts, so that no long file is the last."""
+    items.sort(key=lambda item: (scope(item.nodeid) == "clusters", item.location[0]), reverse=True)
 
 
 @pytest.fixture(scope="session")

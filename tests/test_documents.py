@@ -28,8 +28,6 @@ from sklearn.datasets import load_digits, load_iris
 from .conftest import ROOT, Command
 from .test_docs import PAGES, blocks
 
-pytestmark = pytest.mark.clusters
-
 BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 SERVES = re.compile(r"heliograph (serve|relay|ui) ")
 BEGINNING = """\

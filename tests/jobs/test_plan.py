@@ -75,7 +75,6 @@ def file(tmp_path) -> Path:
     return tmp_path / "cluster.yaml"
 
 
-@pytest.mark.clusters
 def test_a_plan_is_what_the_provider_launches(file, monkeypatch):
     described, capacity = spec.load(file)
     began, said = [], []

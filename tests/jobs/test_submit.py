@@ -21,8 +21,6 @@ from ..conftest import iris_project
 from ..tools import answers, prometheus, until
 from . import traced
 
-pytestmark = pytest.mark.clusters
-
 FILE = """\
 name: rehearsal
 provider: local

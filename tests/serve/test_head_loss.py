@@ -20,8 +20,6 @@ from ..conftest import iris_project
 from ..jobs import traced
 from ..tools import answers, redis, until
 
-pytestmark = pytest.mark.clusters
-
 FILE = """\
 name: headless
 provider: local
