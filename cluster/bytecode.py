@@ -17,10 +17,10 @@ OFF, FOLDER = "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"
 
 def variables(package: str = "ray") -> dict[str, str]:
     """For the processes that this one starts; empty where the compiled package is there, or will be, as is usual."""
-    found = importlib.util.find_spec(package)
-    if not sys.dont_write_bytecode or found is None or found.origin is None:
+    if not sys.dont_write_bytecode:
         return {}
-    if Path(importlib.util.cache_from_source(found.origin)).exists():
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None or Path(importlib.util.cache_from_source(found.origin)).exists():
         return {}
     return {OFF: "", FOLDER: str(CACHE / "bytecode")}
 

@@ -128,9 +128,9 @@ class LocalCluster:
         if self.running:
             return
         sweep()
+        first, self.reserved = reserve()
         self.temp = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=TEMP))
         self.environment = dict(os.environ)
-        first, self.reserved = reserve()
         os.environ.update(environment(self.temp, TOKEN, first))
         os.environ.pop("RAY_ADDRESS", None)
         self.strangers = set(psutil.Process().children(recursive=True))

@@ -153,7 +153,7 @@ def test_the_commands_of_a_page_do_what_they_say(clone, aws, tmp_path, page):
             ["bash", "page.sh"], cwd=folder, env=environment, stdout=said, stderr=said, stdin=subprocess.DEVNULL
         )
         try:
-            code = reading.wait()
+            code = reading.wait(1400)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in [*psutil.Process(reading.pid).children(recursive=True), psutil.Process(reading.pid)]:
