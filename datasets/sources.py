@@ -18,8 +18,10 @@ import itertools
 import json
 import os
 import re
+import time
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -39,8 +41,9 @@ if TYPE_CHECKING:
 SKLEARN = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 SNIFFED_ROWS = 1000
 PIECE_BYTES = 48 << 20
-MOST_HASHED_BYTES = 64 << 20
 """Of a piece in memory, about."""
+MOST_HASHED_BYTES = 64 << 20
+LET_GO_SECONDS = 30
 PIECE_IMAGES = 128
 MOSTLY = 0.95
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
@@ -532,8 +535,6 @@ def _runs(sizes: list[int], most: int) -> list[tuple[int, int]]:
 
 def _csv_text(opened: Any, name: str, columns: list[str] | None) -> Iterator[Chunk]:
     """The cells of a CSV file as text. A line of too many or too few cells is skipped."""
-    import pyarrow.csv as pcsv
-
     header = next(csv.reader(io.StringIO(opened.read(1 << 16).decode("utf-8-sig", "replace"))), [])
     schema.require(columns or [], header, name)
     if len(set(header)) < len(header):
@@ -542,20 +543,13 @@ def _csv_text(opened: Any, name: str, columns: list[str] | None) -> Iterator[Chu
     skipped: list[Skipped] = []
     lost: list[int] = []
 
-    def note(row: Any) -> str:
+    def note(row: Any) -> None:
         skipped.append(Skipped(f"{name}:{row.number}", "", f"{row.actual_columns} cells, not {row.expected_columns}"))
         lost.append(row.number)
-        return "skip"
 
-    convert = pcsv.ConvertOptions(
-        column_types=dict.fromkeys(header, pa.string()), include_columns=columns or [], strings_can_be_null=True
-    )
-    # One thread, so that a bad line knows its number.
-    reading = pcsv.ReadOptions(use_threads=False, block_size=4 << 20)
-    parsing = pcsv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
     held: list[pa.RecordBatch] = []
     first = 2
-    for batch in itertools.chain(pcsv.open_csv(opened, reading, parsing, convert), [None]):
+    for batch in itertools.chain(_csv_batches(opened, header, columns, note), [None]):
         if batch is not None:
             held.append(batch)
         if held and (batch is None or sum(b.nbytes for b in held) > PIECE_BYTES // 2):
@@ -566,6 +560,33 @@ def _csv_text(opened: Any, name: str, columns: list[str] | None) -> Iterator[Chu
             held, skipped[:] = [], []
     if skipped:
         yield Chunk(pa.table({c: pa.array([], pa.string()) for c in columns or header}), name, [], skipped)
+
+
+def _csv_batches(
+    opened: Any, header: list[str], columns: list[str] | None, note: Callable[[Any], None]
+) -> Iterator[pa.RecordBatch]:
+    """Cells as text; `note` hears of each line of too many or too few. At its end Arrow's threads have let go of Python: one that
+    frees what it was given while the process ends would abort it."""
+    import pyarrow.csv as pcsv
+
+    def handler(row: Any) -> str:
+        note(row)
+        return "skip"
+
+    held = weakref.ref(handler)
+    convert = pcsv.ConvertOptions(
+        column_types=dict.fromkeys(header, pa.string()), include_columns=columns or [], strings_can_be_null=True
+    )
+    # One thread, so that a bad line knows its number.
+    reading = pcsv.ReadOptions(use_threads=False, block_size=4 << 20)
+    parsing = pcsv.ParseOptions(newlines_in_values=True, invalid_row_handler=handler)
+    try:
+        yield from pcsv.open_csv(opened, reading, parsing, convert)
+    finally:
+        del handler, parsing
+        until = time.monotonic() + LET_GO_SECONDS
+        while held() is not None and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 def _castable(column: pa.ChunkedArray, kind: pa.DataType | None) -> pa.ChunkedArray:

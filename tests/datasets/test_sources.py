@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -121,6 +122,29 @@ def test_rows_keep_their_place_and_ragged_lines_are_told_by_their_number(tmp_pat
     (chunk,) = chunks(open_source(Data(source="r.jsonl", target="y"), tmp_path))
     assert [s.row for s in chunk.skipped] == ["r.jsonl:2", "r.jsonl:4"]
     assert [chunk.name(0), chunk.name(1)] == ["r.jsonl:1", "r.jsonl:5"]
+
+
+def test_nothing_of_python_is_left_to_the_threads_of_arrow(tmp_path, monkeypatch):
+    # Seen as "terminate called without an active exception" where a command ended just then.
+    (tmp_path / "r.csv").write_text("a,y\n" + "1,u\n" * 100)
+    source, given, open_csv = open_source(Data(source="r.csv"), tmp_path), [], pyarrow.csv.open_csv
+
+    def spied(opened, reading, parsing, convert):
+        given.append(weakref.ref(parsing.invalid_row_handler))
+        return open_csv(opened, reading, parsing, convert)
+
+    monkeypatch.setattr(pyarrow.csv, "open_csv", spied)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]  # so that threads are late
+    try:
+        left = 0
+        for _ in range(2000):
+            source.head()
+            left += given.pop()() is not None
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert left == 0
 
 
 def test_a_large_file_is_read_in_pieces_and_the_rows_are_those(tmp_path, monkeypatch):
