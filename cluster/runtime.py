@@ -269,11 +269,20 @@ def environment(temp: Path, token: str, first: int) -> dict[str, str]:
 def quieten() -> None:
     """Ray's own words belong in the run's log, not between our lines on the terminal. Called after each of its parts is
     imported, since each sets up its loggers then."""
+    from ray._private import worker
+
     for name in ["ray", *logging.root.manager.loggerDict]:
         if name == "ray" or name.startswith("ray."):
             logger = logging.getLogger(name)
-            logger.handlers = [logging.NullHandler()] if name == "ray" else []
+            kept = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+            logger.handlers = [logging.NullHandler(), *kept] if name == "ray" else []
             logger.propagate = name != "ray"
+    worker.print_to_stdstream = _logged  # it prints to stdout, where our results are, whatever `log_to_driver` says
+
+
+def _logged(said: dict[str, Any], ignore_prefix: bool) -> None:
+    for line in said["lines"]:
+        logging.getLogger("ray").warning("%s", line)
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """Local mode: on loopback, and nothing left behind."""
 
 import contextlib
+import logging
 import os
 import py_compile
 import socket
@@ -19,6 +20,7 @@ from heliograph.cluster.runtime import (
     explained,
     free_port,
     keep_on_loopback,
+    quieten,
     reserve,
     sweep,
 )
@@ -33,6 +35,28 @@ def test_a_socket_that_listens_everywhere_is_tied_to_loopback():
         assert here.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) == b""
         with socket.create_connection(("127.0.0.1", everywhere.getsockname()[1]), timeout=5) as caller:
             assert caller.getpeername()[0] == "127.0.0.1"
+
+
+def test_what_ray_says_is_in_the_log_and_not_among_our_results(cluster, tmp_path, capsys):
+    from ray._private.utils import push_error_to_driver
+    from ray._private.worker import global_worker
+
+    log = logging.FileHandler(tmp_path / "run.log")
+    logging.getLogger("ray").addHandler(log)
+    try:
+        quieten()
+        push_error_to_driver(global_worker, "infeasible", "there are tasks that no node can run")
+        logging.getLogger("ray.serve").warning("a replica is gone")
+        end = time.monotonic() + 60
+        while "no node" not in (tmp_path / "run.log").read_text() and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        logging.getLogger("ray").removeHandler(log)
+        log.close()
+    said = (tmp_path / "run.log").read_text()
+    assert "there are tasks that no node can run" in said
+    assert "a replica is gone" in said
+    assert capsys.readouterr() == ("", "")
 
 
 def test_haproxys_wildcard_binds_become_loopback_and_no_other_line_changes(tmp_path):

@@ -47,13 +47,14 @@ def until(happened, seconds):
     while not happened() and time.monotonic() < end:
         time.sleep(0.2)
 
+answers, sys.stdout = sys.stdout, sys.stderr  # Ray has words of its own
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
 for line in sys.stdin:
     demand = json.loads(line)
     until(lambda: not kinds(), 240)
     group = placement_group(demand["bundles"], strategy=demand["strategy"])
     placed = group.wait(demand["seconds"])
-    print(json.dumps({"placed": placed, "nodes": kinds()}), flush=True)
+    print(json.dumps({"placed": placed, "nodes": kinds()}), flush=True, file=answers)
     remove_placement_group(group)
 """
 
