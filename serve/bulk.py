@@ -15,6 +15,11 @@ from ..jobs.display import Display
 from ..project import Data
 from .client import Client, read_rows
 
+Row = dict[str, Any]
+"""`prediction` and, of classes, `probabilities`; of several targets each begins with the target's name."""
+Target = tuple[str, list[Any]]
+"""How its columns begin, and its classes."""
+
 
 def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
     """Print a line for each row, or write them to `out`. Raises RequestError, EndpointError, DataError.
@@ -25,14 +30,9 @@ def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
         raise DataError(f"{out}: predictions are written as .csv or .jsonl: name such a file")
     alone = read_rows(rows) if str(rows) == "-" or rows.suffix == ".json" else None
     schema = client.schema()
-    classes = schema["classes"]
-    if schema["tasks"]:
-        raise DataError(f"{rows}: the model answers {schema['target']}: ask it from Python, or predict a dataset")
+    targets = [(f"{task['name']} ", task["classes"]) for task in schema["tasks"]] or [("", schema["classes"])]
     if alone is not None:
-        answers = client.predict(alone)
-        best = [max(range(len(classes)), key=a.__getitem__) if classes else None for a in answers]
-        found = [(a if b is None else classes[b], None if b is None else a) for a, b in zip(answers, best, strict=True)]
-        _write(found, classes, out, 0)
+        _write([_as_row(answer, targets) for answer in client.predict(alone)], targets, out, 0)
         return
     done = _answered(out)
     display = Display()
@@ -42,8 +42,7 @@ def predict(client: Client, rows: Path, out: Path | None, batch: int) -> None:
                 answer = client.predict_table(table)
             except RequestError as error:
                 raise RequestError(f"{rows}: rows {first} to {first + len(table) - 1} (from 0): {error}") from None
-            scores = answer.column("probabilities").to_pylist() if classes else [None] * len(answer)
-            _write(list(zip(answer.column("prediction").to_pylist(), scores, strict=True)), classes, out, first)
+            _write(answer.to_pylist(), targets, out, first)
             display.update(f"{first + len(table):,} rows")
 
 
@@ -76,18 +75,35 @@ def _answered(out: Path | None) -> int:
     return max(0, content.count(b"\n") - (out.suffix == ".csv"))
 
 
-def _write(found: list[tuple[Any, Any]], classes: list[Any], out: Path | None, first: int) -> None:
-    """found: (prediction, probabilities or None) of each row."""
+def _as_row(answer: Any, targets: list[Target]) -> Row:
+    """What JSON says of a row, as Arrow's columns say it."""
+    row: Row = {}
+    for of, classes in targets:
+        found = answer[of.strip()] if of else answer
+        row[f"{of}prediction"] = classes[found.index(max(found))] if classes else found
+        if classes:
+            row[f"{of}probabilities"] = found
+    return row
+
+
+def _write(rows: list[Row], targets: list[Target], out: Path | None, first: int) -> None:
+    """first: the number of the first of them."""
     if out is None:
-        for prediction, scores in found:
-            typer.echo(f"{prediction}\t{max(scores):.4f}" if scores else f"{prediction:.6g}")
+        for row in rows:
+            said = (
+                f"{row[f'{of}prediction']}\t{max(row[f'{of}probabilities']):.4f}" if classes else f"{row[f'{of}prediction']:.6g}"
+                for of, classes in targets
+            )
+            typer.echo("\t".join(said))
         return
     with out.open("w" if first == 0 else "a", newline="") as file:
         if out.suffix == ".csv":
             writer = csv.writer(file, lineterminator="\n")
             if first == 0:
-                writer.writerow(["prediction", *(f"p({c})" for c in classes)])
-            writer.writerows([prediction, *(scores or [])] for prediction, scores in found)
+                writer.writerow(
+                    [name for of, classes in targets for name in (f"{of}prediction", *(f"{of}p({c})" for c in classes))]
+                )
+            for row in rows:
+                writer.writerow([v for of, _ in targets for v in (row[f"{of}prediction"], *row.get(f"{of}probabilities", ()))])
         else:
-            for prediction, scores in found:
-                file.write(json.dumps({"prediction": prediction} | ({"probabilities": scores} if scores else {})) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -17,6 +17,7 @@ import pytest
 import schemathesis
 from heliograph.cluster.keys import request_key
 from heliograph.cluster.runtime import free_port
+from heliograph.datasets.schema import Task
 from heliograph.errors import EndpointError, RequestError, RolledBack
 from heliograph.project import Serve
 from heliograph.serve import bhttp, bulk, ohttp
@@ -37,6 +38,12 @@ def room(tmp_path_factory) -> Room:
     room = Room(tmp_path_factory.mktemp("live"))
     room.add("pets", TENSOR, [[1, 0], [0, 1]])
     room.add("house", TABLE, [[2], [10]])
+    several = {
+        "task": "several",
+        "target": "price, kind",
+        "tasks": (Task(name="price"), Task(name="kind", classes=("big", "old"))),
+    }
+    room.add("lots", TABLE.model_copy(update=several), [[2, 1, 0], [10, 0, 1]])
     return room
 
 
@@ -247,6 +254,25 @@ def test_a_file_is_predicted_row_by_row_and_goes_on_where_it_stopped(url, room, 
         rows.write_text("size,age\n1,2\nmany,3\n")
         with pytest.raises(RequestError, match=r"rows 0 to 1 \(from 0\).*row 1: `size` is not a number"):
             bulk.predict(client, rows, tmp_path / "other.csv", 64)
+
+
+def test_a_file_is_predicted_by_a_model_of_several_targets(url, room, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("size,age\n3,1\n1,5\n")
+    (tmp_path / "rows.json").write_text('[{"size": 3, "age": 1}, {"size": 1, "age": 5}]')
+    out = tmp_path / "out.csv"
+    with Client(url, "lots", trust=room.keys.public_key()) as client:
+        for rows in ("rows.csv", "rows.json"):
+            bulk.predict(client, tmp_path / rows, out, 64)
+            assert out.read_text() == (
+                "price prediction,kind prediction,kind p(big),kind p(old)\n16.0,big,3.0,1.0\n52.0,old,1.0,5.0\n"
+            )
+            out.unlink()
+        capsys.readouterr()
+        bulk.predict(client, tmp_path / "rows.json", None, 64)
+        assert capsys.readouterr().out == "16\tbig\t3.0000\n52\told\t5.0000\n"
+        bulk.predict(client, tmp_path / "rows.csv", tmp_path / "out.jsonl", 64)
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert first == {"price prediction": 16.0, "kind prediction": "big", "kind probabilities": [3.0, 1.0]}
 
 
 def asked_until(url: str, happened, timeout: float = 60) -> list[httpx.Response]:
