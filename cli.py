@@ -1,5 +1,9 @@
 """The command line: a command is a few lines; the rooms do the work. Each file of `commands` has those of one concern."""
 
+import logging
+import sys
+from typing import Any
+
 from .cluster import bytecode
 
 bytecode.keep()  # before the rest is imported
@@ -10,4 +14,12 @@ __all__ = ["app", "clusters", "keys", "runs", "serving"]
 
 
 def main() -> None:
+    sys.unraisablehook = _logged
     app()
+
+
+def _logged(said: Any) -> None:
+    """What a library's callback or destructor raises, where nobody can catch it, is for the run's log."""
+    logging.getLogger("heliograph").info(
+        "ignored in %r", said.object, exc_info=(said.exc_type, said.exc_value, said.exc_traceback)
+    )

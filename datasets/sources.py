@@ -5,6 +5,7 @@ images. Rows keep the name of where they stood (`photos.csv:17`), so a bad one c
 into rows at all, such as a line of a CSV file with too many cells, is given back as `Skipped`.
 """
 
+import codecs
 import contextlib
 import csv
 import fnmatch
@@ -535,7 +536,7 @@ def _runs(sizes: list[int], most: int) -> list[tuple[int, int]]:
 
 def _csv_text(opened: Any, name: str, columns: list[str] | None) -> Iterator[Chunk]:
     """The cells of a CSV file as text. A line of too many or too few cells is skipped."""
-    header = next(csv.reader(io.StringIO(opened.read(1 << 16).decode("utf-8-sig", "replace"))), [])
+    header = next(csv.reader(io.StringIO(_begin(opened.read(1 << 16), name))), [])
     schema.require(columns or [], header, name)
     if len(set(header)) < len(header):
         raise DataError(f"{name}: its first line names a column twice: {listed(header)}")
@@ -560,6 +561,17 @@ def _csv_text(opened: Any, name: str, columns: list[str] | None) -> Iterator[Chu
             held, skipped[:] = [], []
     if skipped:
         yield Chunk(pa.table({c: pa.array([], pa.string()) for c in columns or header}), name, [], skipped)
+
+
+def _begin(read: bytes, name: str) -> str:
+    """As text, but for a character that is cut off. Raises DataError."""
+    try:
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(read)
+    except UnicodeDecodeError as error:
+        line = read.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}:{line}: is not UTF-8: save it so (what Excel wrote: iconv -f WINDOWS-1252 -t UTF-8 {name} > utf8.csv)"
+        ) from None
 
 
 def _csv_batches(

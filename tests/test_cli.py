@@ -48,6 +48,16 @@ def test_init_writes_a_project_that_passes_check(tmp_path):
     assert "holds a project already" in output
 
 
+def test_what_nobody_can_catch_is_not_shown(tmp_path):
+    rows = b"a,b\n" + b"1,2\n" * 20_000
+    (tmp_path / "late.csv").write_bytes(rows + "1,été,3\n".encode("latin-1"))  # raises in pyarrow, where it tells of the line
+    code, output = heliograph("init", tmp_path / "project", "--data", tmp_path / "late.csv")
+    assert code == 2
+    assert output.startswith("error: ")
+    assert "late.csv: cannot be read as csv" in output
+    assert "Traceback" not in output
+
+
 def edited(folder: Path, file: str, old: str, new: str) -> Path:
     text = (folder / file).read_text()
     assert old in text

@@ -67,6 +67,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "an empty file": (write(CSV, ""), CHECK, "iris.csv"),
     "a header alone": (write(CSV, HEAD), CHECK, "has no rows"),
     "a CSV that is none": (write(CSV, bytes(range(256)) * 40), CHECK, "iris.csv"),
+    "a CSV of Excel's": (write(CSV, f"{HEAD}1,2,3,4,été\n".encode("cp1252")), CHECK, "iris.csv:2: is not UTF-8: save"),
     "a Parquet file that is none": (
         lambda f: (write("iris.parquet", "a,b\n1,2\n")(f), change(YAML, "source: iris.csv", "source: iris.parquet")(f)),
         CHECK,
