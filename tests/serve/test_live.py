@@ -65,7 +65,7 @@ def test_tritons_client_is_answered(url, binary):
         assert client.is_server_ready()
         assert client.is_model_ready("pets", "1")
         assert client.get_model_metadata("pets")["outputs"][0]["datatype"] == "FP32"
-        assert {m["name"] for m in client.get_model_repository_index()} == {"pets", "house"}
+        assert {m["name"] for m in client.get_model_repository_index()} == {"pets", "house", "lots"}
         x = triton.InferInput("x", [2, 2], "FP32")
         x.set_data_from_numpy(np.array([[1, 2], [3, 4]], np.float32), binary_data=binary)
         output = triton.InferRequestedOutput("probabilities", binary_data=binary)
