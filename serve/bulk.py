@@ -79,7 +79,7 @@ def _as_row(answer: Any, targets: list[Target]) -> Row:
     """What JSON says of a row, as Arrow's columns say it."""
     row: Row = {}
     for of, classes in targets:
-        found = answer[of.strip()] if of else answer
+        found = answer[of[:-1]] if of else answer
         row[f"{of}prediction"] = classes[found.index(max(found))] if classes else found
         if classes:
             row[f"{of}probabilities"] = found
